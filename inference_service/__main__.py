@@ -1,0 +1,65 @@
+"""`python -m inference_service` and `tandem inference`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+
+import pydantic
+import structlog
+
+from inference_service.config import InferenceSettings
+from tandem.errors import InvalidArgument, Reason, TandemError, Violation
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Serve until SIGTERM or SIGINT. Returns the exit code.
+
+    Raises:
+        TandemError: a setting is wrong, the model cannot be loaded, or an address is taken.
+    """
+    try:
+        settings = InferenceSettings.load(sys.argv[1:] if argv is None else argv)
+    except pydantic.ValidationError as error:
+        violations = [
+            Violation(".".join(map(str, e["loc"])) or "settings", e["msg"]) for e in error.errors(include_url=False)
+        ]
+        first = violations[0]
+        raise InvalidArgument(
+            Reason.FIELD_INVALID, f"{first.field}: {first.description}", violations=violations
+        ) from None
+    set_up_logging(json=settings.log_json)
+    from inference_service.server import serve
+
+    asyncio.run(serve(settings))
+    return 0
+
+
+def set_up_logging(*, json: bool) -> None:
+    """One line an event, on standard error, for people or machines."""
+    renderer = structlog.processors.JSONRenderer() if json else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+
+
+if __name__ == "__main__":
+    try:
+        code = main()
+    except TandemError as error:
+        print(f"tandem inference: {error}", file=sys.stderr)
+        code = 2 if isinstance(error, InvalidArgument) else 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Threads of vLLM's that do not end would keep the interpreter from doing so.
+    os._exit(code)

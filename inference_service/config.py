@@ -1,0 +1,146 @@
+"""The inference service's settings: from flags, `TANDEM_…` in the environment, a TOML file, in this order.
+
+Imports nothing heavy: settings are checked before vLLM is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+
+def default_address() -> str:
+    """A Unix socket in the user's runtime folder, which nobody else can enter."""
+    folder = os.environ.get("RUNTIME_DIRECTORY") or os.environ.get("XDG_RUNTIME_DIR")
+    return f"unix://{folder}/tandem-inference.sock" if folder else "unix:///tmp/tandem-inference.sock"
+
+
+class InferenceSettings(BaseSettings):
+    """What to serve, where, and to whom."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="TANDEM_", env_nested_delimiter="__", extra="forbid", nested_model_default_partial_update=True
+    )
+
+    model: str = Field(description="The checkpoint to start from: a folder, or a name that vLLM can resolve.")
+    addresses: list[str] = Field(
+        default_factory=lambda: [default_address()],
+        description="Where to serve: unix:///path or host:port. A Unix socket is open to this user alone.",
+    )
+    token_file: Path | None = Field(None, description="File with the token that callers must send.")
+    tls_certificate: Path | None = Field(None, description="PEM file of the server's certificate chain.")
+    tls_key: Path | None = Field(None, description="PEM file of the server's private key.")
+    tls_client_ca: Path | None = Field(None, description="PEM file of the CA that callers' certificates need.")
+    insecure: bool = Field(False, description="Whether other hosts may call without TLS.")
+    max_message_bytes: int = Field(
+        16 << 20, ge=1 << 16, le=1 << 30, description="Limit of one message, both ways. Clients need the same."
+    )
+    max_chunk_bytes: int = Field(
+        1 << 20, ge=1 << 12, le=1 << 26, description="Largest chunk of a streamed update's bytes."
+    )
+    lease_timeout_s: float = Field(
+        2.0, ge=0.2, le=60, description="A trainer silent for this long in an open update has lost it."
+    )
+    trainer_uids: list[int] = Field(
+        default_factory=list, description="Users, beside this one, whose trainers may share the weights' memory."
+    )
+    grace_s: float = Field(10.0, ge=0, description="What running calls get to end in when the service stops.")
+    drain_delay_s: float = Field(0.0, ge=0, description="How long to say NOT_SERVING before refusing calls.")
+    metrics_address: str | None = Field(None, description="host:port of Prometheus's /metrics.")
+    log_json: bool = Field(False, description="Whether log lines are JSON.")
+    engine: dict[str, Any] = Field(
+        default_factory=dict,
+        description="vLLM engine arguments, under vLLM's names: --engine max_model_len=4096, [engine] in the file.",
+    )
+
+    @field_validator("engine", mode="after")
+    @classmethod
+    def _typed(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """Flags and the environment give text: read what is JSON as that, in vLLM's (lower-case) names."""
+        return {name.lower().replace("-", "_"): _json(given) for name, given in value.items()}
+
+    @field_validator("max_chunk_bytes", mode="after")
+    @classmethod
+    def _fits(cls, value: int, info: Any) -> int:
+        limit = info.data.get("max_message_bytes", value * 2)
+        if value > limit // 2:
+            raise ValueError(f"must fit into a message: at most half of max_message_bytes ({limit})")
+        return value
+
+    @model_validator(mode="after")
+    def _tls_pair(self) -> InferenceSettings:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key belong together")
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **sources: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, sources["env_settings"]
+
+    @classmethod
+    def load(cls, argv: list[str]) -> InferenceSettings:
+        """Settings from the command line `argv`, the environment, and the file that `--config` names.
+
+        Raises:
+            pydantic.ValidationError: a setting is wrong or unknown. SystemExit: --help, or a malformed flag.
+        """
+        config, argv = _config_flag(argv)
+
+        class Flags(cls):  # type: ignore[misc, valid-type]
+            __doc__ = cls.__doc__
+
+            @classmethod
+            def settings_customise_sources(
+                cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **sources: Any
+            ) -> tuple[PydanticBaseSettingsSource, ...]:
+                cli: CliSettingsSource[Any] = CliSettingsSource(
+                    settings_cls,
+                    cli_prog_name="tandem inference",
+                    cli_parse_args=argv,
+                    cli_kebab_case=True,
+                    cli_implicit_flags=True,
+                    cli_hide_none_type=True,
+                )
+                file = [TomlConfigSettingsSource(settings_cls, config)] if config else []
+                return cli, sources["env_settings"], *file
+
+        return cls.model_validate(Flags().model_dump())
+
+
+def _config_flag(argv: list[str]) -> tuple[Path | None, list[str]]:
+    rest, config = [], os.environ.get("TANDEM_CONFIG")
+    arguments = iter(argv)
+    for argument in arguments:
+        if argument == "--config":
+            config = next(arguments, None)
+            if config is None:
+                raise SystemExit("--config: a TOML file is required")
+        elif argument.startswith("--config="):
+            config = argument.partition("=")[2]
+        else:
+            rest.append(argument)
+    if config is not None and not Path(config).is_file():
+        raise SystemExit(f"--config: no file {config!r}")
+    return (Path(config) if config else None), rest
+
+
+def _json(given: Any) -> Any:
+    if not isinstance(given, str):
+        return given
+    try:
+        return json.loads(given)
+    except json.JSONDecodeError:
+        return {"True": True, "False": False, "None": None}.get(given, given)

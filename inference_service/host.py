@@ -1,0 +1,81 @@
+"""What the servicers serve: the engine and its policy, once they are there, and whether tokens can be had."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from inference_service.policy import Policy, WeightState
+from inference_service.sessions import Sessions
+from tandem.errors import Reason, Unavailable
+
+
+class ServingState(StrEnum):
+    """Whether tokens can be had."""
+
+    LOADING = "LOADING"
+    SERVING = "SERVING"
+    PAUSED = "PAUSED"
+    TORN = "TORN"
+    DEAD = "DEAD"
+    DRAINING = "DRAINING"
+    ASLEEP = "ASLEEP"
+
+
+class Host:
+    """Holds what is loaded. Everything else asks here, and gets a clear error while it is not."""
+
+    def __init__(self) -> None:
+        self._loaded: tuple[Policy, Sessions] | None = None
+        self.draining = False
+
+    def load(self, policy: Policy, sessions: Sessions) -> None:
+        """The engine is ready."""
+        self._loaded = policy, sessions
+
+    @property
+    def policy(self) -> Policy:
+        """The policy.
+
+        Raises:
+            Unavailable: ENGINE_LOADING, ENGINE_DEAD, DRAINING.
+        """
+        if self._loaded is None:
+            raise Unavailable(Reason.ENGINE_LOADING, "the model is being loaded", retry_after=1.0)
+        policy = self._loaded[0]
+        if policy.engine.dead:
+            raise Unavailable(Reason.ENGINE_DEAD, "the engine died; start the service again")
+        if self.draining:
+            raise Unavailable(Reason.DRAINING, "the service is shutting down")
+        return policy
+
+    @property
+    def sessions(self) -> Sessions:
+        """The trainers' sessions. Raises as `policy` does."""
+        _ = self.policy
+        assert self._loaded is not None
+        return self._loaded[1]
+
+    def generating(self) -> Policy:
+        """The policy, where tokens can be had of it now or after a pause.
+
+        Raises:
+            Unavailable: as `policy`, and ENGINE_TORN, ENGINE_ASLEEP.
+        """
+        policy = self.policy
+        if policy.torn:
+            raise policy.torn_error()
+        if policy.engine.asleep:
+            raise Unavailable(Reason.ENGINE_ASLEEP, "the engine sleeps; WakeUp first")
+        return policy
+
+    def state(self) -> tuple[ServingState, str]:
+        """Whether tokens can be had, and why not where they cannot."""
+        try:
+            policy = self.generating()
+        except Unavailable as error:
+            if error.reason is Reason.DRAINING:
+                return ServingState.DRAINING, error.message
+            return ServingState(str(error.reason).removeprefix("ENGINE_")), error.message
+        if policy.engine.paused or policy.state is WeightState.WRITING:
+            return ServingState.PAUSED, ""
+        return ServingState.SERVING, ""

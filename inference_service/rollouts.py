@@ -1,0 +1,192 @@
+"""Rollouts and scores out of the engine, each token with the weight version that made it. Knows nothing of gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from inference_service.engine import Engine, refusal
+from tandem.errors import Reason, TandemError, Unavailable, invalid
+
+
+@dataclass
+class Request:
+    """One rollout, or one sequence to score, to ask the engine for.
+
+    prompt: vLLM's prompt (a TokensPrompt). params: vLLM's SamplingParams, of this request alone.
+    """
+
+    id: str
+    prompt: dict[str, Any]
+    params: Any
+    index: int = 0
+    lora: Any = None
+
+
+@dataclass
+class Track:
+    """What is known of a running request: from which token on which version made it."""
+
+    added: bool = False
+    marks: list[tuple[int, int]] = field(default_factory=list)  # (first token, version)
+    error: TandemError | None = None
+
+    def spans(self, start: int, end: int) -> list[tuple[int, int]]:
+        """(version, number of tokens) of the runs that tokens `start` to `end` are made of."""
+        runs = []
+        for (first, version), (last, _) in zip(self.marks, [*self.marks[1:], (end, 0)], strict=True):
+            if count := min(last, end) - max(first, start):
+                if count > 0:
+                    runs.append((version, count))
+        return runs
+
+
+@dataclass
+class Piece:
+    """What is new of one request."""
+
+    index: int
+    output: Any  # vLLM's RequestOutput
+    spans: list[tuple[int, int]]
+    first: bool
+
+
+class Rollouts:
+    """Runs requests in the engine, and keeps account of the weight version behind every token."""
+
+    def __init__(self, engine: Engine, version: int) -> None:
+        self._engine = engine
+        self._version = version
+        self._running: dict[str, Track] = {}
+
+    @property
+    def version(self) -> int:
+        """The committed weight version."""
+        return self._version
+
+    def advance(self, version: int) -> None:
+        """From the next token on, tokens are of `version`. The engine must be paused, and is a moment from resuming."""
+        for request_id, track in self._running.items():
+            tokens = self._engine.tokens_so_far(request_id)
+            if tokens is None:
+                if track.added:  # it has ended; its last tokens wait to be read
+                    continue
+                tokens = 0
+            if track.marks and track.marks[-1][0] == tokens:
+                track.marks.pop()
+            track.marks.append((tokens, version))
+        self._version = version
+
+    async def fail(self, error: TandemError) -> None:
+        """End everything that runs with `error`."""
+        for track in self._running.values():
+            track.error = error
+        await self._engine.llm.abort(list(self._running))
+
+    async def run(self, requests: Sequence[Request]) -> AsyncIterator[list[Piece]]:
+        """Run `requests` at once; yield what is ready, until all have ended.
+
+        Stopping the iteration aborts what still runs. A reader that lags holds the requests back, not the memory.
+
+        Raises:
+            InvalidArgument: vLLM refuses a request.
+            Unavailable: the engine died (ENGINE_DEAD) or its weights tore (ENGINE_TORN).
+        """
+        ready: list[Piece] = []
+        some = asyncio.Event()
+        room = asyncio.Semaphore(256)
+
+        async def one(request: Request) -> None:
+            async with aclosing(self._one(request)) as pieces:
+                async for piece in pieces:
+                    await room.acquire()
+                    ready.append(piece)
+                    some.set()
+
+        tasks = [asyncio.ensure_future(one(request)) for request in requests]
+        everything = asyncio.gather(*tasks)
+        everything.add_done_callback(lambda _: some.set())
+        try:
+            while ready or not everything.done():
+                await some.wait()
+                some.clear()
+                pieces = ready[:]
+                ready.clear()
+                if pieces:
+                    yield pieces
+                for _ in pieces:
+                    room.release()
+            everything.result()
+        finally:
+            await _end([*tasks, everything])
+
+    async def score(self, requests: Sequence[Request]) -> AsyncIterator[tuple[int, Any, int]]:
+        """Score `requests`; yield (index, vLLM's prompt logprobs, weight version) of each as it is ready.
+
+        A request whose prefill an update cut in two is scored again: no score is of two versions.
+        """
+
+        async def one(request: Request) -> tuple[int, Any, int]:
+            for attempt in range(8):
+                version = self._version
+                again = replace(request, id=f"{request.id}.{attempt}")
+                async with aclosing(self._one(again)) as pieces:
+                    async for piece in pieces:
+                        logprobs = piece.output.prompt_logprobs
+                if version == self._version:
+                    return request.index, logprobs, version
+            raise Unavailable(
+                Reason.ENGINE_LOADING, "the weights changed eight times while a sequence was scored"
+            )
+
+        tasks = [asyncio.ensure_future(one(request)) for request in requests]
+        try:
+            for done in asyncio.as_completed(tasks):
+                yield await done
+        finally:
+            await _end(tasks)
+
+    async def _one(self, request: Request) -> AsyncGenerator[Piece, None]:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        track = self._running[request.id] = Track(marks=[(0, self._version)])
+        queue, sent, ended = None, 0, False
+        try:
+            queue = await self._add(request)
+            track.added = True
+            if track.error is not None:  # it failed while it was being added, so that nobody could abort it
+                raise track.error
+            while not ended:
+                output = queue.get_nowait() or await queue.get()
+                if track.error is not None:
+                    raise track.error
+                ended = output.finished
+                tokens = len(output.outputs[0].token_ids)
+                yield Piece(request.index, output, track.spans(sent, sent + tokens), first=not sent)
+                sent += tokens
+            self._engine.stats.rollouts_finished += 1
+        except EngineDeadError as error:
+            raise Unavailable(Reason.ENGINE_DEAD, "the engine died; start the service again") from error
+        finally:
+            del self._running[request.id]
+            if queue is not None and not ended and not self._engine.dead:
+                await self._engine.llm.abort(queue.request_id, internal=True)
+
+    async def _add(self, request: Request) -> Any:
+        try:
+            return await self._engine.llm.add_request(
+                request.id, request.prompt, request.params, lora_request=request.lora
+            )
+        except Exception as error:
+            if (refused := refusal(error)) is None:
+                raise
+            raise invalid("sampling", refused) from error
+
+
+async def _end(tasks: Sequence[asyncio.Future[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,130 @@
+"""The inference service's life: answer health at once, load the model, serve, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+from collections.abc import Callable
+
+import structlog
+
+from inference_service.arenas import collect
+from inference_service.config import InferenceSettings
+from inference_service.engine import Engine
+from inference_service.host import Host, ServingState
+from inference_service.policy import Policy
+from inference_service.servicers.engine import EngineServicer
+from inference_service.servicers.inference import InferenceServicer
+from inference_service.servicers.weights import WeightServicer
+from inference_service.sessions import Sessions
+from tandem.engine.v1 import engine_pb2_grpc
+from tandem.inference.v1 import inference_pb2_grpc
+from tandem.rpc import Serving, ServingConfig
+from tandem.rpc.listen import Tls
+from tandem.weights.v1 import weights_pb2_grpc
+
+log = structlog.get_logger(__name__)
+
+INFERENCE = "tandem.inference.v1.InferenceService"
+ENGINE = "tandem.engine.v1.EngineService"
+WEIGHTS = "tandem.weights.v1.WeightService"
+
+
+async def serve(settings: InferenceSettings) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Raises:
+        TandemError: a setting or an engine argument is wrong, or an address is taken.
+    """
+    host = Host()
+    serving = Serving(_serving_config(settings))
+    serving.add(
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server,
+        InferenceServicer(host, settings.max_message_bytes),
+        INFERENCE,
+    )
+    serving.add(
+        engine_pb2_grpc.add_EngineServiceServicer_to_server, EngineServicer(host, lambda: serving.max_lag_s), ENGINE
+    )
+    serving.add(
+        weights_pb2_grpc.add_WeightServiceServicer_to_server,
+        WeightServicer(host, settings.lease_timeout_s, settings.max_chunk_bytes),
+        WEIGHTS,
+        long_lived=["WatchWeightVersion"],
+    )
+    await serving.start()
+    serving.status("loading the model")
+    waiting = asyncio.create_task(serving.wait())
+    loading = asyncio.create_task(_load(settings, host, serving))
+    await asyncio.wait({waiting, loading}, return_when=asyncio.FIRST_COMPLETED)
+    if not loading.done():
+        # vLLM's start cannot be interrupted: leave it behind, and end what it began.
+        await waiting
+        for child in multiprocessing.active_children():
+            child.kill()
+        raise SystemExit(0)
+    if loading.exception() is not None:
+        serving.request_stop(now=True)
+        await waiting
+    watching = await loading
+    try:
+        await waiting
+    finally:
+        watching.cancel()
+
+
+async def _load(settings: InferenceSettings, host: Host, serving: Serving) -> asyncio.Task[None]:
+    engine = await Engine.start(settings.model, settings.engine)
+    arenas = await collect(engine)
+    policy = Policy(engine, arenas)
+    sessions = Sessions(arenas, gpu_uuids=(), uids=settings.trainer_uids)
+    await sessions.start()
+
+    async def stop() -> None:
+        host.draining = True
+        await sessions.stop()
+        await asyncio.to_thread(engine.stop)
+
+    serving.on_stop(stop)
+    host.load(policy, sessions)
+
+    def tell() -> None:
+        state, reason = host.state()
+        dead = state in (ServingState.DEAD, ServingState.DRAINING)
+        serving.set_serving(INFERENCE, state in (ServingState.SERVING, ServingState.PAUSED))
+        serving.set_serving(ENGINE, not dead)
+        serving.set_serving(WEIGHTS, not dead)
+        serving.set_serving("", state is not ServingState.DEAD)
+        serving.status(f"{state.lower()} {engine.info.model}, weight version {policy.version} {reason}".strip())
+
+    policy.changed.append(tell)
+    tell()
+    log.info("ready", model=engine.info.model, tensors=len(policy.manifest), bytes=policy.manifest.nbytes)
+    return asyncio.create_task(_watch(engine, tell))
+
+
+async def _watch(engine: Engine, tell: Callable[[], None]) -> None:
+    """Say so within half a second when the engine dies."""
+    while not engine.dead:
+        await asyncio.sleep(0.5)
+    log.error("the engine died", model=engine.info.model)
+    tell()
+
+
+def _serving_config(settings: InferenceSettings) -> ServingConfig:
+    return ServingConfig(
+        addresses=tuple(settings.addresses),
+        token=settings.token_file.read_text().strip() if settings.token_file else None,
+        tls=_tls(settings),
+        insecure=settings.insecure,
+        max_message_bytes=settings.max_message_bytes,
+        grace_s=settings.grace_s,
+        drain_delay_s=settings.drain_delay_s,
+        metrics_address=settings.metrics_address,
+    )
+
+
+def _tls(settings: InferenceSettings) -> Tls | None:
+    if settings.tls_certificate is None or settings.tls_key is None:
+        return None
+    return Tls(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)

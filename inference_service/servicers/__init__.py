@@ -1,0 +1,1 @@
+"""Servicers: they translate between protobuf and Python, and do nothing else."""

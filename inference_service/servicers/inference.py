@@ -1,0 +1,147 @@
+"""InferenceService."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from inference_service.host import Host
+from inference_service.rollouts import Piece, Request
+from inference_service.servicers import prompts
+from inference_service.servicers.sampling import sampling_params, score_params, seeded
+from tandem.engine.v1 import engine_pb2
+from tandem.errors import ResourceExhausted, Reason, invalid
+from tandem.inference.v1 import inference_pb2 as pb
+from tandem.inference.v1 import inference_pb2_grpc
+
+_FINISH = {
+    "stop": pb.FINISH_REASON_STOP,
+    "length": pb.FINISH_REASON_LENGTH,
+    "abort": pb.FINISH_REASON_ABORTED,
+    "repetition": pb.FINISH_REASON_REPETITION,
+}
+#: Large enough that a message costs little for what it carries, small enough that the first comes soon.
+_MESSAGE_BYTES = 1 << 20
+
+Part = TypeVar("Part", pb.Rollout, pb.SequenceScore)
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
+    """Serves a Host's policy. No message it sends is larger than `max_message_bytes`."""
+
+    def __init__(self, host: Host, max_message_bytes: int) -> None:
+        self._host = host
+        self._limit = max_message_bytes
+
+    async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:
+        policy, (state, reason) = self._host.policy, self._host.state()
+        info = policy.engine.info
+        return pb.GetModelResponse(
+            **vars(info),
+            state=engine_pb2.ServingState.Value(f"SERVING_STATE_{state}"),
+            reason=reason,
+            weight_version=policy.version,
+        )
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
+        ids = await prompts.token_ids(self._host.policy.engine, request.prompts)
+        return pb.TokenizeResponse(prompts=[pb.TokenIds(ids=one) for one in ids])
+
+    async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
+        policy = self._host.generating()
+        engine = policy.engine
+        params = sampling_params(request, engine.info)
+        lora = engine.lora(request.lora) if request.lora else None
+        seed = request.sampling.seed if request.sampling.HasField("seed") else None
+        requests, places = [], []
+        for i, prompt in enumerate(await prompts.vllm_prompts(engine, request.prompts)):
+            for j in range(request.prompts[i].n or 1):
+                k = len(requests)
+                own = seeded(params, seed, k)
+                requests.append(Request(self._name(request.request_id, k), prompt, own, index=k, lora=lora))
+                places.append((i, j))
+        async with aclosing(policy.rollouts.run(requests)) as batches:
+            async for batch in batches:
+                rollouts = (_rollout(request, piece, *places[piece.index]) for piece in batch)
+                for message in self._messages(rollouts):
+                    yield pb.GenerateResponse(rollouts=message)
+
+    async def Score(self, request: pb.ScoreRequest, context: Any) -> AsyncIterator[pb.ScoreResponse]:
+        policy = self._host.generating()
+        engine = policy.engine
+        params = score_params(request, engine.info)
+        lora = engine.lora(request.lora) if request.lora else None
+        if not request.sequences:
+            raise invalid("sequences", "at least one is required")
+        requests = []
+        for i, sequence in enumerate(request.sequences):
+            ids = list(sequence.ids)
+            if len(ids) < 2:
+                raise invalid(f"sequences[{i}]", "at least two tokens are required")
+            prompts.check_ids(engine, ids, f"sequences[{i}]")
+            name = self._name(request.request_id, i)
+            requests.append(Request(name, {"prompt_token_ids": ids}, params, index=i, lora=lora))
+        async with aclosing(policy.rollouts.score(requests)) as scores:
+            async for index, logprobs, version in scores:
+                score = pb.SequenceScore(sequence_index=index, weight_version=version)
+                _add_logprobs(score, logprobs, request.top_logprobs, first=1)
+                for message in self._messages([score]):
+                    yield pb.ScoreResponse(scores=message)
+
+    def _name(self, request_id: str, index: int) -> str:
+        # Two calls may have one name; vLLM's requests must not.
+        return f"{request_id or 'request'}-{uuid.uuid4().hex[:8]}-{index}"
+
+    def _messages(self, parts: Iterable[Part]) -> Iterator[list[Part]]:
+        together: list[Part] = []
+        size = 0
+        for part in parts:
+            own = part.ByteSize() + 16
+            if own > self._limit:
+                raise ResourceExhausted(
+                    Reason.MESSAGE_TOO_LARGE, f"one rollout or score takes {own} bytes, the limit is {self._limit}"
+                )
+            if together and size + own > min(_MESSAGE_BYTES, self._limit):
+                yield together
+                together, size = [], 0
+            together.append(part)
+            size += own
+        if together:
+            yield together
+
+
+def _rollout(request: pb.GenerateRequest, piece: Piece, prompt_index: int, rollout_index: int) -> pb.Rollout:
+    (completion,) = piece.output.outputs
+    rollout = pb.Rollout(
+        prompt_index=prompt_index,
+        rollout_index=rollout_index,
+        token_ids=completion.token_ids,
+        version_spans=[pb.VersionSpan(weight_version=v, num_tokens=n) for v, n in piece.spans],
+        text=completion.text if request.include_text else "",
+    )
+    # 0.26 repeats all logprobs in a last piece without tokens.
+    if completion.logprobs is not None and completion.token_ids:
+        _add_logprobs(rollout, completion.logprobs, request.sampling.top_logprobs)
+    if piece.first and request.include_prompt_token_ids and rollout_index == 0:
+        rollout.prompt_token_ids.extend(piece.output.prompt_token_ids)
+    if piece.output.finished:
+        rollout.finish_reason = _FINISH[completion.finish_reason]
+        rollout.num_cached_prompt_tokens = piece.output.num_cached_tokens or 0
+        if isinstance(completion.stop_reason, str):
+            rollout.stop_string = completion.stop_reason
+        elif completion.stop_reason is not None:
+            rollout.stop_token_id = completion.stop_reason
+    return rollout
+
+
+def _add_logprobs(part: pb.Rollout | pb.SequenceScore, flat: Any, k: int, first: int = 0) -> None:
+    """Add vLLM's FlatLogprobs. Each position's first entry is the token's own; the k most probable follow."""
+    starts = flat.start_indices[first:]
+    part.logprobs.extend(map(flat.logprobs.__getitem__, starts))
+    if k:
+        part.top_logprobs.k = k
+        for start in starts:
+            part.top_logprobs.token_ids.extend(flat.token_ids[start + 1 : start + 1 + k])
+            part.top_logprobs.logprobs.extend(flat.logprobs[start + 1 : start + 1 + k])

@@ -1,0 +1,251 @@
+"""WeightService."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from typing import Any
+
+from inference_service.host import Host
+from inference_service.policy import Policy, Update
+from inference_service.servicers.engine import pause_mode
+from inference_service.sessions import SHARED, TRANSPORTS, Session
+from tandem.errors import Aborted, FailedPrecondition, Reason, TandemError, Violation, invalid
+from tandem.errors import InvalidArgument as InvalidArgumentError
+from tandem.weights.v1 import weights_pb2 as pb
+from tandem.weights.v1 import weights_pb2_grpc
+from weight_transfer.identity import ProcessIdentity
+from weight_transfer.manifest import TensorSpec
+from weight_transfer.placement import Placement
+
+_TICKS = 8
+
+
+class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
+    """Steers a Host's policy. A trainer must be heard every `lease_timeout` seconds while its update is open."""
+
+    def __init__(self, host: Host, lease_timeout: float, max_chunk_bytes: int) -> None:
+        self._host = host
+        self._lease_timeout = lease_timeout
+        self._max_chunk_bytes = max_chunk_bytes
+
+    async def GetManifest(self, request: pb.GetManifestRequest, context: Any) -> pb.GetManifestResponse:
+        policy = self._host.policy
+        manifest = policy.manifest
+        tensors = [pb.TensorSpec(name=t.name, dtype=_dtype(t.dtype), shape=t.shape) for t in manifest]
+        return pb.GetManifestResponse(
+            manifest=pb.Manifest(tensors=tensors, digest=manifest.digest), engine_id=policy.engine.info.engine_id
+        )
+
+    async def OpenSession(self, request: pb.OpenSessionRequest, context: Any) -> pb.OpenSessionResponse:
+        policy, sessions = self._host.policy, self._host.sessions
+        session = sessions.open(_specs(request), _identity(request), _transport(request))
+        response = pb.OpenSessionResponse(
+            session_id=session.id,
+            engine_id=policy.engine.info.engine_id,
+            transport=pb.Transport.Value(f"TRANSPORT_{session.transport.upper()}"),
+            reason=session.reason,
+            weight_version=policy.version,
+            max_chunk_bytes=self._max_chunk_bytes,
+        )
+        response.lease_timeout.FromTimedelta(timedelta(seconds=self._lease_timeout))
+        if session.transport == SHARED:
+            where = {p.spec.name: p for p in policy.arenas.placements}
+            response.shared.descriptor_socket = sessions.path
+            response.shared.token = session.token
+            response.shared.arenas.extend(sessions.arena_sizes)
+            response.shared.placements.extend(_placement(where[t.name], t.dtype) for t in session.tensors)
+        return response
+
+    async def UpdateWeights(
+        self, request_iterator: AsyncIterator[pb.UpdateWeightsRequest], context: Any
+    ) -> AsyncIterator[pb.UpdateWeightsResponse]:
+        policy = self._host.policy
+        trainer = _Trainer(request_iterator, self._lease_timeout)
+        try:
+            begin = (await trainer.next()).begin
+            if not begin.session_id:
+                raise FailedPrecondition(Reason.UPDATE_ORDER, "an update starts with begin, which names a session")
+            session = self._host.sessions.get(begin.session_id)
+            session.ended.append(trainer.gone)
+            mode = pause_mode(begin.in_flight, "begin.in_flight")
+            update = await policy.begin(begin.base_version, in_place=session.transport == SHARED, in_flight=mode)
+            async with _Lease(update) as lease:
+                yield pb.UpdateWeightsResponse(ready=pb.UpdateReady())
+                yield await self._move(policy, session, lease, trainer)
+        finally:
+            trainer.close()
+
+    async def _move(
+        self, policy: Policy, session: Session, lease: _Lease, trainer: _Trainer
+    ) -> pb.UpdateWeightsResponse:
+        while True:
+            message = await trainer.next()
+            match message.WhichOneof("step"):
+                case "heartbeat":
+                    continue
+                case "chunk":
+                    lease.update.chunk(message.chunk.tensor, message.chunk.offset, message.chunk.data)
+                case "commit":
+                    digest = message.commit.digest if message.commit.HasField("digest") else None
+                    if digest is None and not (session.aliased and session.committed):
+                        raise invalid("commit.digest", "required, since bytes moved")
+                    version = await lease.settle().commit(digest)
+                    session.committed = True
+                    committed = pb.UpdateCommitted(weight_version=version)
+                    committed.stopped.FromTimedelta(timedelta(seconds=policy.last_stopped))
+                    return pb.UpdateWeightsResponse(committed=committed)
+                case "abort":
+                    abort = message.abort
+                    await lease.settle().abort(untouched=abort.untouched, reason=abort.reason)
+                    return pb.UpdateWeightsResponse(aborted=pb.UpdateAborted())
+                case step:
+                    raise FailedPrecondition(Reason.UPDATE_ORDER, f"{step or 'an empty step'} after begin")
+
+    async def RestoreCheckpoint(
+        self, request: pb.RestoreCheckpointRequest, context: Any
+    ) -> pb.RestoreCheckpointResponse:
+        return pb.RestoreCheckpointResponse(weight_version=await self._host.policy.restore())
+
+    async def GetWeightVersion(
+        self, request: pb.GetWeightVersionRequest, context: Any
+    ) -> pb.GetWeightVersionResponse:
+        policy = self._host.policy
+        digest = await policy.digest() if request.include_digest else None
+        return pb.GetWeightVersionResponse(**_version(policy), digest=digest)
+
+    async def WatchWeightVersion(
+        self, request: pb.WatchWeightVersionRequest, context: Any
+    ) -> AsyncIterator[pb.WatchWeightVersionResponse]:
+        policy = self._host.policy
+        changed = asyncio.Event()
+        policy.changed.append(changed.set)
+        try:
+            last = None
+            while True:
+                changed.clear()
+                if (now := _version(policy)) != last:
+                    yield pb.WatchWeightVersionResponse(**now)
+                    last = now
+                await changed.wait()
+        finally:
+            policy.changed.remove(changed.set)
+
+
+class _Trainer:
+    """The trainer's side of an update: its messages, and whether it is still there."""
+
+    def __init__(self, messages: AsyncIterator[pb.UpdateWeightsRequest], timeout: float) -> None:
+        self._messages = aiter(messages)
+        self._timeout = timeout
+        self._gone: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    def gone(self, reason: str) -> None:
+        if not self._gone.done():
+            self._gone.set_result(reason)
+
+    async def next(self) -> pb.UpdateWeightsRequest:
+        """The next message.
+
+        Raises:
+            Aborted: LEASE_LOST, the trainer was silent for too long, ended the stream, or closed its session.
+        """
+        coming = asyncio.ensure_future(anext(self._messages, None))
+        try:
+            # In ticks: a loop that was stalled itself may not blame the trainer for the time.
+            for _ in range(_TICKS):
+                await asyncio.wait(
+                    {coming, self._gone}, timeout=self._timeout / _TICKS, return_when=asyncio.FIRST_COMPLETED
+                )
+                if coming.done() and (message := coming.result()) is not None:
+                    return message
+                if coming.done() or self._gone.done():
+                    reason = self._gone.result() if self._gone.done() else "the trainer ended its update's stream"
+                    raise Aborted(Reason.LEASE_LOST, reason)
+            raise Aborted(Reason.LEASE_LOST, f"nothing was heard of the trainer for {self._timeout:g} s")
+        finally:
+            coming.cancel()
+
+    def close(self) -> None:
+        self._gone.cancel()
+
+
+class _Lease:
+    """Sees to it that an update ends: one that is left unsettled is lost."""
+
+    def __init__(self, update: Update) -> None:
+        self.update = update
+        self._settled = False
+
+    def settle(self) -> Update:
+        """The update, whose end the caller now sees to."""
+        self._settled = True
+        return self.update
+
+    async def __aenter__(self) -> _Lease:
+        return self
+
+    async def __aexit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if not self._settled:
+            reason = error.message if isinstance(error, TandemError) else "the trainer vanished"
+            await asyncio.shield(asyncio.ensure_future(self.update.lose(reason)))
+
+
+def _version(policy: Policy) -> dict[str, Any]:
+    return {
+        "weight_version": policy.version,
+        "state": pb.WeightState.Value(f"WEIGHT_STATE_{policy.state}"),
+        "reason": policy.torn,
+    }
+
+
+def _dtype(name: str) -> pb.Dtype:
+    return pb.Dtype.Value(f"DTYPE_{name.upper()}")
+
+
+def _specs(request: pb.OpenSessionRequest) -> list[TensorSpec]:
+    specs, violations = [], []
+    for i, tensor in enumerate(request.tensors):
+        if tensor.dtype not in pb.Dtype.values() or tensor.dtype == pb.DTYPE_UNSPECIFIED:
+            violations.append(Violation(f"tensors[{i}].dtype", f"{tensor.name}: no dtype {tensor.dtype}"))
+            continue
+        dtype = pb.Dtype.Name(tensor.dtype).removeprefix("DTYPE_").lower()
+        specs.append(TensorSpec(tensor.name, dtype, tuple(tensor.shape)))
+    if violations:
+        raise InvalidArgumentError(
+            Reason.FIELD_INVALID, f"{len(violations)} tensors have no valid dtype", violations=violations
+        )
+    return specs
+
+
+def _identity(request: pb.OpenSessionRequest) -> ProcessIdentity:
+    if not request.identity.boot_id:
+        raise invalid("identity.boot_id", "is required")
+    it = request.identity
+    return ProcessIdentity(it.boot_id, it.pid_namespace, it.pid, it.start_time, tuple(it.gpu_uuids))
+
+
+def _transport(request: pb.OpenSessionRequest) -> str:
+    if request.transport == pb.TRANSPORT_UNSPECIFIED:
+        return ""
+    names = {pb.Transport.Value(f"TRANSPORT_{name.upper()}"): name for name in TRANSPORTS}
+    if request.transport not in names:
+        raise invalid("transport", f"no transport {request.transport}")
+    return names[request.transport]
+
+
+def _placement(placement: Placement, trainer_dtype: str) -> pb.Placement:
+    reason = placement.alias_reason(trainer_dtype)
+    blocks = [
+        pb.Block(
+            arena=b.arena,
+            arena_offset=b.arena_offset,
+            arena_strides=b.arena_strides,
+            tensor_offset=b.tensor_offset,
+            tensor_strides=b.tensor_strides,
+            shape=b.shape,
+        )
+        for b in placement.blocks
+    ]
+    return pb.Placement(blocks=blocks, aliasable=not reason, reason=reason)

@@ -1,0 +1,65 @@
+"""Where a streamed update's bytes wait, beside the live weights, until they are all there."""
+
+from __future__ import annotations
+
+import torch
+
+from tandem.errors import FailedPrecondition, Reason, Violation, invalid
+from weight_transfer.digest import combine, digest_tensors
+from weight_transfer.manifest import Manifest
+
+
+class Staging:
+    """Room for one whole policy in the engine's dtypes. Pages are taken as bytes arrive, and given back with the object."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._offsets, size = [], 0
+        for spec in manifest:
+            self._offsets.append(size)
+            size += -(-spec.nbytes // 64) * 64
+        self._memory = torch.empty(size, dtype=torch.uint8)
+        self._bytes = memoryview(self._memory.numpy())
+        self._received = [0] * len(manifest)
+
+    def add(self, tensor: int, offset: int, data: bytes) -> None:
+        """Take a piece of a tensor. The pieces of one tensor come in order, without gaps; tensors in any order."""
+        if tensor >= len(self._manifest):
+            raise invalid("chunk.tensor", f"the manifest has {len(self._manifest)} tensors, not {tensor + 1}")
+        spec, have = self._manifest.tensors[tensor], self._received[tensor]
+        if offset != have:
+            raise FailedPrecondition(
+                Reason.UPDATE_ORDER, f"{spec.name}: chunk at byte {offset}, but byte {have} is next"
+            )
+        if offset + len(data) > spec.nbytes:
+            raise invalid("chunk.data", f"{spec.name} has {spec.nbytes} bytes, not {offset + len(data)}")
+        start = self._offsets[tensor] + offset
+        self._bytes[start : start + len(data)] = data
+        self._received[tensor] = have + len(data)
+
+    def complete(self) -> list[torch.Tensor]:
+        """The tensors, in the manifest's order.
+
+        Raises:
+            FailedPrecondition: UPDATE_ORDER, naming every tensor of which bytes are missing.
+        """
+        missing = [
+            Violation(spec.name, f"{have} of {spec.nbytes} bytes arrived")
+            for spec, have in zip(self._manifest, self._received, strict=True)
+            if have != spec.nbytes
+        ]
+        if missing:
+            raise FailedPrecondition(
+                Reason.UPDATE_ORDER, f"{len(missing)} tensors are incomplete", violations=missing
+            )
+        return self._tensors()
+
+    def digest(self) -> int:
+        """Digest of the policy as it was received."""
+        return combine(digest_tensors(self._tensors()))
+
+    def _tensors(self) -> list[torch.Tensor]:
+        return [
+            self._memory[start : start + spec.nbytes].view(getattr(torch, spec.dtype)).view(spec.shape)
+            for start, spec in zip(self._offsets, self._manifest, strict=True)
+        ]

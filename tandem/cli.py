@@ -1,0 +1,104 @@
+"""The `tandem` command. Subcommands are entry points of the group `tandem.commands`: functions that take the
+arguments after their name and return an exit code. Only the one that is called is imported.
+
+Exit codes: 0 done, 1 failed, 2 wrong arguments or configuration, 3 service not available, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+import traceback
+from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
+
+from tandem.errors import InvalidArgument, TandemError, Unavailable
+
+GROUP = "tandem.commands"
+
+_USAGE = "usage: tandem [--debug] COMMAND [ARGUMENTS...]"
+_OPTIONS = """options:
+  -h, --help  show this, or after a command, that command's help
+  --version   show the version
+  --debug     show tracebacks of errors"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: the arguments after `tandem`; the process's own if None.
+
+    Returns:
+        The exit code.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = False
+    while arguments and arguments[0].startswith("-"):
+        option = arguments.pop(0)
+        if option in ("-h", "--help"):
+            return _say(_help())
+        if option == "--version":
+            return _say(f"tandem {_version()}")
+        if option != "--debug":
+            return _fail(f"there is no option {option}\n{_USAGE}", 2)
+        debug = True
+    if not arguments:
+        return _fail(_help(), 2, prefix="")
+    name, *rest = arguments
+    commands = _commands()
+    if name not in commands:
+        near = difflib.get_close_matches(name, commands, n=1)
+        hint = f"; did you mean {near[0]}?" if near else "; tandem --help lists the commands"
+        return _fail(f"there is no command {name}{hint}", 2)
+    return _run(commands[name], rest, debug)
+
+
+def _run(command: EntryPoint, arguments: list[str], debug: bool) -> int:
+    try:
+        return int(command.load()(arguments) or 0)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output, such as head, has left
+        sys.stdout = None  # or the interpreter flushes it at exit and fails again
+        return 1
+    except TandemError as error:
+        code = 2 if isinstance(error, InvalidArgument) else 3 if isinstance(error, Unavailable) else 1
+        text = str(error)
+    except ModuleNotFoundError as error:
+        code, text = 1, f"{command.name} needs {error.name}, which is not installed here"
+    except Exception as error:  # noqa: BLE001  # of whatever the command runs
+        lines = str(error).strip().splitlines() or ["no message"]
+        code, text = 1, f"{type(error).__name__}: {lines[0]}{' ...' if lines[1:] else ''} (--debug shows all)"
+    if debug:
+        traceback.print_exc()
+    return _fail(text, code)
+
+
+def _commands() -> dict[str, EntryPoint]:
+    return {point.name: point for point in sorted(entry_points(group=GROUP), key=lambda point: point.name)}
+
+
+def _version() -> str:
+    try:
+        return version("tandem")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def _help() -> str:
+    names = [f"  {name}" for name in _commands()] or ["  none: neither service is installed"]
+    return "\n".join([_USAGE, "", "commands:", *names, "", _OPTIONS])
+
+
+def _say(text: str) -> int:
+    sys.stdout.write(f"{text}\n")
+    return 0
+
+
+def _fail(text: str, code: int, prefix: str = "tandem: ") -> int:
+    sys.stderr.write(f"{prefix}{text}\n")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

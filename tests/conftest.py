@@ -1,0 +1,32 @@
+"""Fixtures that all tests share."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import models
+from tests.services import Service, inference_service
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny checkpoint of each architecture."""
+    return {name: models.make(tmp_path_factory.mktemp(name), name) for name in models.ARCHITECTURES}
+
+
+@pytest.fixture
+def socket_folder() -> Iterator[Path]:
+    """A folder with a path short enough for Unix sockets."""
+    with tempfile.TemporaryDirectory(prefix="tdm") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def llama(checkpoints: dict[str, Path]) -> Iterator[Service]:
+    """A service of the tiny Llama, for tests that leave it as it was: committed, serving, without a session."""
+    with tempfile.TemporaryDirectory(prefix="tdm") as folder, inference_service(checkpoints["llama"], Path(folder)) as service:
+        yield service

@@ -1,0 +1,156 @@
+"""The policy's tensors: their names, their values, and that reading them changes nothing."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import IA3Config, LoraConfig, PrefixTuningConfig, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tandem.errors import FailedPrecondition
+from trainer_service.policy_tensors import policy_tensors
+
+SMALL = dict(
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=48,
+    vocab_size=64,
+)
+
+
+def model_of(architecture: str = "llama", dtype: torch.dtype = torch.float32, **config: object) -> nn.Module:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(architecture, **SMALL, **config)
+    return AutoModelForCausalLM.from_config(config).to(dtype)
+
+
+def adapted(model: nn.Module, **config: object) -> nn.Module:
+    """`model` under an adapter whose every weight is random: fresh LoRA would merge to nothing."""
+    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, **config))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name and "magnitude" not in name or "modules_to_save" in name:
+                parameter.normal_(0, 0.1)
+    return model
+
+
+def values(model: nn.Module, wanted: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
+    return {source.name: source.read().clone() for source in policy_tensors(model, wanted)}
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert torch.equal(tensor, right[name]), name
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_names_are_the_checkpoints(architecture: str, tmp_path) -> None:
+    from safetensors.torch import load_file
+
+    model = model_of(architecture)
+    model.save_pretrained(tmp_path)
+    same(values(model), load_file(tmp_path / "model.safetensors"))
+
+
+def test_tied_duplicates_only_where_the_engine_has_the_name() -> None:
+    model = model_of(tie_word_embeddings=True)
+    assert "lm_head.weight" not in values(model)
+    sources = {s.name: s for s in policy_tensors(model, {"lm_head.weight", "model.embed_tokens.weight"})}
+    assert torch.equal(sources["lm_head.weight"].read(), model.get_input_embeddings().weight)
+    # One memory cannot be a view of two places.
+    assert sources["lm_head.weight"].parameter is None
+    assert sources["model.embed_tokens.weight"].parameter is model.get_input_embeddings().weight
+
+
+def test_values_are_read_late_and_frozen_parameters_are_in() -> None:
+    model = model_of()
+    model.model.norm.weight.requires_grad_(False)
+    sources = {source.name: source for source in policy_tensors(model)}
+    with torch.no_grad():
+        model.model.norm.weight.fill_(3)
+    assert torch.equal(sources["model.norm.weight"].read(), torch.full((32,), 3.0))
+
+
+def test_buffers_only_where_the_engine_has_the_name() -> None:
+    model = model_of()
+    model.model.register_buffer("scale", torch.ones(3))
+    assert "model.scale" not in values(model)
+    assert "model.scale" in values(model, ("model.scale",))
+
+
+def test_wrappers_are_looked_through(monkeypatch) -> None:
+    model = model_of()
+    plain = values(model)
+    same(values(nn.DataParallel(model)), plain)
+    compiled = torch.compile(model)
+    same(values(compiled), plain)
+    model.model.layers[0] = torch.compile(model.model.layers[0])
+    same(values(model), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["q_proj", "v_proj", "down_proj"]},
+        {"target_modules": "all-linear", "use_rslora": True},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj"], "use_dora": True},
+        {"target_modules": ["q_proj"], "lora_bias": True},
+        {"target_modules": ["o_proj"], "modules_to_save": ["lm_head"]},
+    ],
+    ids=["lora", "rslora", "embedding", "dora", "bias", "modules_to_save"],
+)
+def test_lora_is_merged_as_peft_merges_and_the_base_stays(dtype: torch.dtype, config: dict) -> None:
+    kind = {"attention_bias": True} if config.get("lora_bias") else {}
+    model = adapted(model_of(dtype=dtype, **kind), **config)
+    before = copy.deepcopy(model.state_dict())
+    merged = values(model)
+    same(dict(model.state_dict()), dict(before))  # to the bit
+    expected = copy.deepcopy(model).merge_and_unload().state_dict()
+    assert any(not torch.equal(merged[n], before.get(f"base_model.model.{n}", merged[n])) for n in merged) or (
+        not torch.equal(
+            merged["model.layers.0.self_attn.q_proj.weight"],
+            before["base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"],
+        )
+    )
+    same(merged, dict(expected))
+
+
+def test_a_reference_adapter_and_a_switched_off_one_are_not_merged() -> None:
+    model = adapted(model_of(), target_modules=["q_proj"])
+    name = "model.layers.0.self_attn.q_proj.weight"
+    base = model.get_base_model().model.layers[0].self_attn.q_proj.base_layer.weight
+    with_default = values(model)[name]
+    model.add_adapter("ref", LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    assert torch.equal(values(model)[name], with_default)
+    with model.disable_adapter():
+        assert torch.equal(values(model)[name], base)
+
+
+def test_what_cannot_be_merged_says_so() -> None:
+    with pytest.raises(FailedPrecondition, match="PREFIX_TUNING"):
+        policy_tensors(
+            get_peft_model(model_of(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+        )
+    with pytest.raises(FailedPrecondition, match="not LoRA"):
+        policy_tensors(
+            get_peft_model(model_of(), IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
+        )
+
+
+def test_sharded_and_quantized_parameters_are_refused_by_name() -> None:
+    model = model_of()
+    model.model.norm.weight.ds_id = 3  # as DeepSpeed marks its own
+    with pytest.raises(FailedPrecondition, match=r"model\.norm\.weight is sharded"):
+        policy_tensors(model)
+    model = model_of()
+    model.model.norm.weight = nn.Parameter(torch.zeros(32, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(FailedPrecondition, match=r"model\.norm\.weight is quantized"):
+        policy_tensors(model)

@@ -1,0 +1,207 @@
+"""A client of the inference service: a few verbs, each with a deadline, over one channel."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from tandem import rpc
+from tandem.engine.v1.engine_pb2 import ServingState
+from tandem.errors import DeadlineExceeded, Internal, Reason, TandemError, Unavailable
+from tandem.inference.v1 import inference_pb2 as pb
+from tandem.inference.v1.inference_pb2_grpc import InferenceServiceStub
+from tandem.rpc import options
+from tandem.weights.v1.weights_pb2_grpc import WeightServiceStub
+from trainer_service.sampling import sampling_params
+
+READY = (ServingState.SERVING_STATE_SERVING, ServingState.SERVING_STATE_PAUSED)
+
+
+class Group(NamedTuple):
+    """One prompt: its token ids, how many rollouts to sample, and encoded images in the order of their places."""
+
+    token_ids: Sequence[int]
+    n: int = 1
+    images: Sequence[bytes] = ()
+
+
+class InferenceClient:
+    """Calls of a trainer to one inference service. Safe to use from several threads; not across a fork."""
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        token: str | None = None,
+        timeout_s: float = 60.0,
+        max_request_bytes: int = options.MAX_MESSAGE_BYTES // 4,
+        **channel: Any,
+    ) -> None:
+        """Open a channel; nothing is called yet.
+
+        Args:
+            address: `unix:///absolute/path` or `host:port`.
+            token: the service's token.
+            timeout_s: deadline in seconds of the calls that take no `timeout_s` of their own.
+            max_request_bytes: a batch of more bytes is sent in several calls, which the engine runs together.
+            channel: further arguments of `tandem.rpc.connect`, such as `ca_file`.
+
+        Raises:
+            InvalidArgument: the address or the token is malformed.
+        """
+        self.address = address
+        self._timeout_s = timeout_s
+        self._max_request_bytes = max_request_bytes
+        self._channel = rpc.connect(address, token=token, **channel)
+        self._inference = InferenceServiceStub(self._channel)
+        #: The weight plane's calls, for `trainer_service.session`.
+        self.weights = WeightServiceStub(self._channel)
+
+    def get_model(self, timeout_s: float | None = None) -> pb.GetModelResponse:
+        """Ask what is served.
+
+        Raises:
+            Unavailable: nobody answers.
+        """
+        with rpc.translated():
+            return self._inference.GetModel(pb.GetModelRequest(), timeout=timeout_s or self._timeout_s)
+
+    def wait_until_serving(
+        self, timeout_s: float, *, accept: Sequence[ServingState.ValueType] = READY
+    ) -> pb.GetModelResponse:
+        """Wait until the engine's state is one of `accept`.
+
+        Raises:
+            Unavailable: it is not after `timeout_s` seconds; the message has the last reason.
+            TandemError: an answer that waiting does not change, such as a wrong token.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            left = deadline - time.monotonic()
+            try:
+                model = self.get_model(timeout_s=max(0.1, min(left, 5.0)))
+                if model.state in accept:
+                    return model
+                name = ServingState.Name(model.state).removeprefix("SERVING_STATE_")
+                why = f"{name}, {model.reason}" if model.reason else name
+            except (Unavailable, DeadlineExceeded) as error:
+                why = error.message
+            if left <= 0:
+                message = (
+                    f"The inference service at {self.address} is not serving after {timeout_s:.0f} s: {why}"
+                )
+                raise Unavailable(Reason.UNREACHABLE, message)
+            time.sleep(min(0.2, max(left, 0.0)))
+
+    def generate(
+        self,
+        groups: Sequence[Group | tuple[Sequence[int], int]],
+        sampling: pb.SamplingParams | Mapping[str, Any] | None = None,
+        *,
+        logprobs: bool = True,
+        lora: str = "",
+        timeout_s: float = 3600.0,
+    ) -> list[list[pb.Rollout]]:
+        """Sample rollouts.
+
+        Args:
+            groups: prompts; a plain (token_ids, n) pair will do.
+            sampling: how, as the message or under vLLM's names.
+            logprobs: whether each token's logprob is sent.
+            lora: a loaded adapter to sample with.
+            timeout_s: deadline in seconds of the whole batch.
+
+        Returns:
+            For each group in order its `n` whole rollouts, in order.
+
+        Raises:
+            InvalidArgument: names the field; nothing was sampled.
+            TandemError: what the service says; the rest of the batch is cancelled.
+        """
+        groups = [Group(*group) for group in groups]
+        params = sampling if isinstance(sampling, pb.SamplingParams) else sampling_params(sampling or {})
+        prompts = [pb.Prompt(token_ids=pb.TokenIds(ids=g.token_ids), images=g.images, n=g.n) for g in groups]
+        done: list[list[pb.Rollout | None]] = [[None] * g.n for g in groups]
+        requests, before = [], 0
+        for part in _parts(prompts, self._max_request_bytes):
+            request = pb.GenerateRequest(
+                prompts=prompts[part.start : part.stop],
+                sampling=params,
+                output_mode=pb.OUTPUT_MODE_FINISHED,
+                no_logprobs=not logprobs,
+                lora=lora,
+            )
+            if params.HasField("seed"):  # as if the batch had been one request
+                request.sampling.seed = params.seed + before
+            before += sum(g.n for g in groups[part.start : part.stop])
+            requests.append((part.start, request))
+        for start, response in self._stream(self._inference.Generate, requests, timeout_s):
+            for rollout in response.rollouts:
+                done[start + rollout.prompt_index][rollout.rollout_index] = rollout
+        missing = sum(rollout is None for group in done for rollout in group)
+        if missing:
+            raise Internal(Reason.BUG, f"The service ended the stream with {missing} rollouts missing.")
+        return [[rollout for rollout in group if rollout is not None] for group in done]
+
+    def score(
+        self,
+        sequences: Sequence[Sequence[int]],
+        *,
+        top_logprobs: int = 0,
+        lora: str = "",
+        timeout_s: float = 3600.0,
+    ) -> list[pb.SequenceScore]:
+        """Get the logprobs of `sequences` of token ids, in their order. Errors are those of `generate`."""
+        messages = [pb.TokenIds(ids=ids) for ids in sequences]
+        requests = [
+            (
+                part.start,
+                pb.ScoreRequest(
+                    sequences=messages[part.start : part.stop], top_logprobs=top_logprobs, lora=lora
+                ),
+            )
+            for part in _parts(messages, self._max_request_bytes)
+        ]
+        scores: dict[int, pb.SequenceScore] = {}
+        for start, response in self._stream(self._inference.Score, requests, timeout_s):
+            scores |= {start + score.sequence_index: score for score in response.scores}
+        if len(scores) != len(sequences):
+            raise Internal(Reason.BUG, f"The service scored {len(scores)} of {len(sequences)} sequences.")
+        return [scores[index] for index in range(len(sequences))]
+
+    def close(self) -> None:
+        """Close the channel. Calls that run are cancelled."""
+        self._channel.close()
+
+    def _stream(
+        self, method: Callable[..., Any], requests: Sequence[tuple[int, Any]], timeout_s: float
+    ) -> Iterator[tuple[int, Any]]:
+        """(first index, response) of all requests, which run at once; all are cancelled when one fails."""
+        with rpc.translated():
+            calls = [(start, method(request, timeout=timeout_s)) for start, request in requests]
+            try:
+                for start, call in calls:
+                    for response in call:
+                        yield start, response
+            finally:
+                for _, call in calls:
+                    call.cancel()
+
+
+def _parts(messages: Sequence[Any], limit: int) -> Iterator[range]:
+    """Ranges of `messages`, each as long as its bytes stay under `limit`, and at least one long."""
+    start, size = 0, 0
+    for index, message in enumerate(messages):
+        more = message.ByteSize() + 8
+        if index > start and size + more > limit:
+            yield range(start, index)
+            start, size = index, 0
+        size += more
+    if messages:
+        yield range(start, len(messages))
+
+
+def is_gone(error: TandemError) -> bool:
+    """Whether the engine cannot be reached or went away, so that waiting for it may help."""
+    return isinstance(error, Unavailable) or error.reason == Reason.SESSION_NOT_FOUND

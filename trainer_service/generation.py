@@ -1,0 +1,238 @@
+"""Generation for TRL's trainers by an inference service, in place of a vLLM engine of TRL's own."""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+
+from tandem.errors import FailedPrecondition, Reason, TandemError, Unavailable, invalid
+from tandem.inference.v1 import inference_pb2 as pb
+from trainer_service._trl import VLLMGeneration
+from trainer_service.client import Group, InferenceClient, is_gone
+from trainer_service.sampling import sampling_params
+from trainer_service.weights import ATTEMPTS, PolicyWeights
+
+logger = logging.getLogger(__name__)
+
+#: Rollouts of one rank stay apart from those of the next by this much, where a seed is set.
+SEEDS_PER_RANK = 2**32
+_TRY_AGAIN = (Reason.QUEUE_FULL, Reason.BASE_VERSION_MISMATCH)
+
+
+class RemoteGeneration(VLLMGeneration):
+    """Generates rank by rank, without a collective: ranks may call as often as they like, with as many prompts.
+
+    Weights are pushed by the main process alone, in `sync_weights`, which every rank must call.
+    """
+
+    def __init__(self, *args: Any, client: InferenceClient, weights: PolicyWeights | None, **kwargs: Any):
+        """Arguments are VLLMGeneration's, and:
+
+        client: the service.
+        weights: set in the main process only.
+        """
+        self.client = client
+        self.weights = weights
+        self.calls = 0
+        self._version = 0  # what the last sync committed
+        self._metrics: dict[str, list[float]] = defaultdict(list)
+        self._logged = 0
+        super().__init__(*args, **kwargs)
+
+    def _init_vllm(self) -> None:
+        info = self.client.wait_until_serving(self.server_timeout)
+        wanted = self.max_model_length
+        if wanted is not None and wanted > info.max_model_len:
+            raise invalid(
+                "vllm_max_model_length", f"{wanted} is more than the service's max_model_len, {info.max_model_len}"
+            )
+        if self.enable_sleep_mode:
+            logger.warning("vllm_enable_sleep_mode has no effect: the service decides when its engine sleeps.")
+        if self.structured_outputs_regex is not None and self.generation_kwargs.get("structured_outputs"):
+            logger.warning("structured_outputs_regex takes precedence over generation_kwargs.")
+        self._sampling()  # bad parameters are told now, not when the first batch is ready
+        # The two places where TRL looks into its engine.
+        model_config = SimpleNamespace(max_model_len=min(wanted or info.max_model_len, info.max_model_len))
+        self.llm = SimpleNamespace(llm_engine=SimpleNamespace(model_config=model_config))
+        server_info = {"model_config": {"logprobs_mode": info.logprobs_mode}}
+        self.vllm_client = SimpleNamespace(get_server_info=lambda: server_info)
+        self.accelerator.wait_for_everyone()
+
+    def sync_weights(self) -> None:
+        """Have the engine hold the policy. Every rank returns when it does; all raise where it failed."""
+        outcome: list[Any] = [None]
+        error: BaseException | None = None
+        if self.weights is not None:
+            try:
+                self.weights.sync()
+                outcome = [(self.weights.weight_version, "")]
+            except BaseException as raised:  # noqa: BLE001  raised again below, after the others were told
+                error, outcome = raised, [(0, str(raised) or type(raised).__name__)]
+        broadcast_object_list(outcome, from_process=0)
+        if error is not None:
+            raise error
+        self._version, failure = outcome[0]
+        if failure:
+            raise FailedPrecondition(Reason.TRANSPORT_UNAVAILABLE, f"The main process could not sync: {failure}")
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        images: list[list[Any] | None] | None,
+        num_generations: int,
+        profiler: Any = None,
+    ) -> tuple[list[list[int]], list[list[int]], list | None, list | None]:
+        """One rollout for each row of `prompts`, in order. Rows of equal tokens and images share their prefill.
+
+        Args:
+            prompts: token ids, one list per row.
+            images: PIL images of each row, if any.
+            num_generations: not needed: what is equal is seen.
+            profiler: entered around the call.
+
+        Returns:
+            prompt_ids, completion_ids, logprobs and logprob_token_ids. The last two are of shape (rows, tokens, 1) where
+            `self.logprobs` is 0, up to N + 1 where it is N, the most probable first, or None where it is None.
+        """
+        started = time.perf_counter()
+        keys, rows = _group(prompts, images)
+        groups = [
+            Group(prompts[members[0]], len(members), key[1]) for key, members in zip(keys, rows, strict=True)
+        ]
+        with profiler or nullcontext():
+            rollouts = self._generate(groups)
+        done: list[pb.Rollout | None] = [None] * len(prompts)
+        for members, group in zip(rows, rollouts, strict=True):
+            for row, rollout in zip(members, group, strict=True):
+                done[row] = rollout
+        ordered = [rollout for rollout in done if rollout is not None]
+        completion_ids = [list(rollout.token_ids) for rollout in ordered]
+        self.calls += 1
+        tokens = sum(map(len, completion_ids))
+        self._metrics["tandem/tokens_per_second"].append(tokens / (time.perf_counter() - started))
+        if not self._wants_logprobs():
+            return prompts, completion_ids, None, None
+        pairs = [_logprobs(rollout) for rollout in ordered]
+        return prompts, completion_ids, [pair[1] for pair in pairs], [pair[0] for pair in pairs]
+
+    def drain_metrics(self) -> dict[str, list[float]]:
+        """What happened since the last call, by the name in TRL's logs. Counts are this rank's own."""
+        metrics, self._metrics = dict(self._metrics), defaultdict(list)
+        if self.weights is not None and self.weights.history:
+            count = self.weights.committed - self._logged
+            self._logged = self.weights.committed
+            if new := list(self.weights.history)[-count:] if count else []:
+                metrics["tandem/sync_ms"] = [update.seconds * 1e3 for update in new]
+                metrics["tandem/bytes_moved"] = [float(update.nbytes) for update in new]
+            metrics["tandem/weight_version"] = [float(self.weights.weight_version)]
+        return metrics
+
+    def _generate(self, groups: list[Group]) -> list[list[pb.Rollout]]:
+        """Rollouts of the version that was synced last, if need be from an engine that came back."""
+        sampling = self._sampling()
+        wanted = self._wants_logprobs()
+        for left in reversed(range(ATTEMPTS)):
+            try:
+                rollouts = self.client.generate(groups, sampling, logprobs=wanted)
+                self._check(rollouts)
+            except TandemError as error:
+                if not left or not (is_gone(error) or error.reason in _TRY_AGAIN):
+                    raise
+                logger.warning("generation failed, trying again: %s", error)
+                self._recover(error)
+            else:
+                return rollouts
+        raise AssertionError  # the loop returns or raises
+
+    def _check(self, rollouts: list[list[pb.Rollout]]) -> None:
+        expected = self.weights.weight_version if self.weights is not None else self._version
+        for rollout in (rollout for group in rollouts for rollout in group):
+            if rollout.finish_reason == pb.FINISH_REASON_ABORTED or not rollout.token_ids:
+                raise Unavailable(Reason.INTERRUPTED, "Rollouts were aborted: somebody paused the engine.")
+            versions = {span.weight_version for span in rollout.version_spans}
+            if expected and versions != {expected}:
+                raise FailedPrecondition(
+                    Reason.BASE_VERSION_MISMATCH,
+                    f"Rollouts are of weight versions {sorted(versions)}, not of {expected}, which was synced last: "
+                    "the engine was restarted, or has another trainer.",
+                )
+
+    def _recover(self, error: TandemError) -> None:
+        if error.reason == Reason.QUEUE_FULL:
+            time.sleep(error.retry_after or 1.0)
+        elif self.weights is not None:
+            self.weights.sync()
+            self._version = self.weights.weight_version
+        else:
+            self.client.wait_until_serving(self.server_timeout)
+
+    def _values(self) -> dict[str, Any]:
+        """Sampling parameters by vLLM's names. `generation_kwargs` win, as in TRL."""
+        values = {
+            "max_tokens": self.max_completion_length,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+            "logprobs": self.logprobs,
+            **self.generation_kwargs,
+        }
+        if self.structured_outputs_regex is not None:
+            values["structured_outputs"] = {"regex": self.structured_outputs_regex}
+        return values
+
+    def _wants_logprobs(self) -> bool:
+        return self._values()["logprobs"] is not None
+
+    def _sampling(self) -> pb.SamplingParams:
+        params = sampling_params(self._values())
+        if params.HasField("seed"):
+            # Rollouts of one group may be on several ranks: equal seeds would make them equal.
+            params.seed += self.accelerator.process_index * SEEDS_PER_RANK
+        return params
+
+
+def _group(
+    prompts: Sequence[Sequence[int]], images: Sequence[Sequence[Any] | None] | None
+) -> tuple[list[tuple[tuple[int, ...], tuple[bytes, ...]]], list[list[int]]]:
+    """The different (token ids, encoded images) among the rows, and the rows that have each."""
+    encoded: dict[int, bytes] = {}
+    members: dict[tuple[tuple[int, ...], tuple[bytes, ...]], list[int]] = {}
+    for row, ids in enumerate(prompts):
+        pictures = (images[row] if images is not None else None) or ()
+        for picture in pictures:
+            if id(picture) not in encoded:
+                encoded[id(picture)] = _png(picture)
+        members.setdefault((tuple(ids), tuple(encoded[id(p)] for p in pictures)), []).append(row)
+    return list(members), list(members.values())
+
+
+def _png(image: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _logprobs(rollout: pb.Rollout) -> tuple[list[list[int]], list[list[float | None]]]:
+    """Token ids and logprobs at each position, the most probable first. Always with the sampled token."""
+    ids, logprobs = [], []
+    top, k = rollout.top_logprobs, rollout.top_logprobs.k
+    for position, (token, logprob) in enumerate(zip(rollout.token_ids, rollout.logprobs, strict=True)):
+        row_ids = list(top.token_ids[position * k : (position + 1) * k])
+        row = list(top.logprobs[position * k : (position + 1) * k])
+        if token not in row_ids:  # then it is less probable than all of these
+            row_ids.append(token)
+            row.append(logprob)
+        ids.append(row_ids)
+        logprobs.append([None if math.isnan(value) else value for value in row])
+    return ids, logprobs

@@ -1,0 +1,139 @@
+"""One update as its stream: begin, chunks, commit or abort, and heartbeats in between."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+
+from tandem import rpc
+from tandem.errors import DeadlineExceeded, Internal, Reason, TandemError
+from tandem.weights.v1 import weights_pb2 as pb
+from tandem.weights.v1.weights_pb2_grpc import WeightServiceStub
+from weight_transfer.transports import Chunk
+
+_HEARTBEAT = pb.UpdateWeightsRequest(heartbeat=pb.Heartbeat())
+
+
+class Lease:
+    """The right to write the engine's weights, from Ready until `commit` or `abort`.
+
+    A thread sends heartbeats meanwhile. The lease is lost when this process dies, when its heartbeats stop, or after
+    `timeout_s`, whatever happens here: an update that its trainer forgot must not stop the engine for ever.
+    """
+
+    def __init__(
+        self,
+        stub: WeightServiceStub,
+        begin: pb.BeginUpdate,
+        *,
+        heartbeat_s: float,
+        timeout_s: float,
+        answer_timeout_s: float,
+    ) -> None:
+        """Open the update and wait until the service is ready.
+
+        Args:
+            stub: the weight service.
+            begin: the first message.
+            heartbeat_s: seconds between two heartbeats.
+            timeout_s: deadline of the whole update in seconds.
+            answer_timeout_s: deadline of each of the service's answers in seconds.
+
+        Raises:
+            TandemError: the service refused, or did not answer in time.
+        """
+        # Few slots: `send` waits for the network, so that chunks don't pile up here.
+        self._outbox: queue.Queue[pb.UpdateWeightsRequest | None] = queue.Queue(maxsize=4)
+        self._over = threading.Event()
+        self._answer_timeout_s = answer_timeout_s
+        self._answer_by: float | None = None
+        self._overdue = False
+        self._outbox.put(pb.UpdateWeightsRequest(begin=begin))
+        self._call = stub.UpdateWeights(self._messages(), timeout=timeout_s)
+        self._heart = threading.Thread(
+            target=self._beat, args=(heartbeat_s,), name="tandem-lease", daemon=True
+        )
+        self._heart.start()
+        try:
+            self._answer("ready")
+        except BaseException:
+            self._end()
+            raise
+
+    def send(self, chunk: Chunk) -> None:
+        """Put a chunk in the stream. Waits while the service is behind; raises if the update has ended."""
+        message = pb.TensorChunk(tensor=chunk.tensor, offset=chunk.offset, data=chunk.data)
+        self._put(pb.UpdateWeightsRequest(chunk=message))
+
+    def commit(self, digest: int | None) -> tuple[int, float]:
+        """Make what was moved the new version.
+
+        Returns:
+            The new version, and for how many seconds generation was stopped.
+
+        Raises:
+            TandemError: it was not committed; or, where the connection broke, that is not known.
+        """
+        try:
+            self._put(pb.UpdateWeightsRequest(commit=pb.CommitUpdate(digest=digest)))
+            committed = self._answer("committed").committed
+            return committed.weight_version, committed.stopped.ToNanoseconds() / 1e9
+        finally:
+            self._end()
+
+    def abort(self, reason: str, *, untouched: bool) -> None:
+        """Give the update up. Errors are dropped: whatever the service says, the update is over."""
+        try:
+            with suppress(TandemError):
+                message = pb.AbortUpdate(untouched=untouched, reason=reason[:500])
+                self._put(pb.UpdateWeightsRequest(abort=message))
+                self._answer("aborted")
+        finally:
+            self._end()
+
+    def _messages(self) -> Iterator[pb.UpdateWeightsRequest]:
+        while (message := self._outbox.get()) is not None:
+            yield message
+
+    def _put(self, message: pb.UpdateWeightsRequest) -> None:
+        while True:
+            try:
+                return self._outbox.put(message, timeout=0.2)
+            except queue.Full:
+                if not self._call.is_active():
+                    self._answer("")  # raises what ended it
+
+    def _answer(self, step: str) -> pb.UpdateWeightsResponse:
+        self._answer_by = time.monotonic() + self._answer_timeout_s
+        try:
+            with rpc.translated():
+                response = next(self._call)
+        except StopIteration:
+            raise Internal(Reason.BUG, "The service ended the update without an answer.") from None
+        except TandemError as error:
+            if self._overdue:
+                message = f"The service did not answer the update within {self._answer_timeout_s:.0f} s."
+                raise DeadlineExceeded(Reason.DEADLINE, message) from error
+            raise
+        finally:
+            self._answer_by = None
+        if response.WhichOneof("step") != step:
+            raise Internal(Reason.BUG, f"The service answered {response.WhichOneof('step')}, not {step}.")
+        return response
+
+    def _beat(self, heartbeat_s: float) -> None:
+        while not self._over.wait(heartbeat_s):
+            if self._answer_by is not None and time.monotonic() > self._answer_by:
+                self._overdue = True
+                self._call.cancel()
+            with suppress(queue.Full):  # full of chunks: they are signs of life as well
+                self._outbox.put_nowait(_HEARTBEAT)
+
+    def _end(self) -> None:
+        self._over.set()
+        with suppress(queue.Full):  # full and unread: the call is over, and so is its reader
+            self._outbox.put_nowait(None)
+        self._call.cancel()

@@ -1,0 +1,147 @@
+"""The policy's tensors under the names that its checkpoint has, found in the model as it is now."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterator
+from functools import partial
+
+import torch
+from torch import nn
+
+from tandem.errors import FailedPrecondition, Reason
+from weight_transfer.manifest import TensorSpec
+from weight_transfer.transports import SourceTensor
+
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
+
+
+def policy_tensors(model: nn.Module, wanted: Collection[str] = ()) -> list[SourceTensor]:
+    """List the tensors of `model`: each parameter once, and what else `wanted` names (tied duplicates, buffers).
+
+    LoRA adapters are merged into fresh tensors, one at a time, as they are read; the model itself is never written.
+    Frozen parameters are listed like any other.
+
+    Args:
+        model: as the trainer holds it; wrappers of DDP and of torch.compile are looked through.
+        wanted: names in the engine's manifest.
+
+    Raises:
+        FailedPrecondition: the model is sharded, quantized, or adapted in a way that cannot be merged.
+    """
+    model = unwrap(model)
+    found: dict[str, SourceTensor] = {}
+    seen: set[int] = set()
+    for name, source, identity in _walk(_base(model), ""):
+        first = identity not in seen
+        if first or name in wanted:
+            # A tensor can be a view of one place only: a tied duplicate is written.
+            found[name] = source if first else SourceTensor(source.spec, source.read)
+            seen.add(identity)
+    for name, buffer in _base(model).named_buffers():
+        name = _clean(name)
+        if name in wanted and name not in found:
+            found[name] = _source(name, buffer, None)
+    return list(found.values())
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model itself, out of what trains it on several ranks or compiles it."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def _base(model: nn.Module) -> nn.Module:
+    config = getattr(model, "peft_config", None)
+    if config is None or not hasattr(model, "get_base_model"):
+        return model
+    for name, adapter in config.items():
+        if adapter.is_prompt_learning:
+            raise _unsupported(f"adapter {name!r} is {adapter.peft_type}, which has no weights to merge")
+    base = model.get_base_model()
+    assert isinstance(base, nn.Module)  # noqa: S101  for the type checker: PEFT does not say
+    return base
+
+
+def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, SourceTensor, int]]:
+    """(name, tensor, identity of its memory's owner) of every parameter below `module`."""
+    if (adapted := _adapted(module)) is not None:
+        yield from adapted(module, prefix)
+        return
+    for name, parameter in module.named_parameters(recurse=False):
+        yield prefix + name, _source(prefix + name, parameter, parameter), id(parameter)
+    for name, child in module.named_children():
+        # Wrappers appear in the modules' names, not in the checkpoint's.
+        yield from _walk(child, prefix if name in _WRAPPERS else f"{prefix}{name}.")
+
+
+def _adapted(module: nn.Module):
+    """The walk for a module that PEFT put in another's place; None for an ordinary one."""
+    if not type(module).__module__.startswith("peft."):
+        return None
+    from peft.tuners.lora import LoraLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    if isinstance(module, ModulesToSaveWrapper):
+        return _walk_saved
+    if isinstance(module, LoraLayer) and type(module).__name__ != "ParamWrapper":
+        return _walk_lora
+    raise _unsupported(f"{type(module).__name__} is not LoRA; only LoRA can be merged for the engine")
+
+
+def _walk_saved(module: nn.Module, prefix: str) -> Iterator[tuple[str, SourceTensor, int]]:
+    saved, active = module.modules_to_save, module.active_adapters
+    yield from _walk(saved[active[0]] if active and active[0] in saved else module.original_module, prefix)
+
+
+def _walk_lora(module: nn.Module, prefix: str) -> Iterator[tuple[str, SourceTensor, int]]:
+    base = module.get_base_layer()
+    for name, parameter in base.named_parameters(recurse=False):
+        merged = partial(_merged, module, name)
+        yield prefix + name, _source(prefix + name, parameter, None, merged), id(parameter)
+
+
+def _merged(layer: nn.Module, name: str) -> torch.Tensor:
+    """The base's parameter `name` with the active adapters merged in, by PEFT's own arithmetic.
+
+    PEFT merges into a stand-in that shares the adapters and has a copy of the base's parameters. Merging into the base
+    and out again, as TRL does, changes it: additions in bf16 do not undo themselves.
+    """
+    base = layer.get_base_layer()
+    if name != "weight" and not any(layer.lora_bias.values()):
+        return getattr(base, name).data
+    stand_in, stand_in_base = copy.copy(layer), copy.copy(base)
+    stand_in_base._parameters = {
+        key: None if value is None else nn.Parameter(value.detach().clone(), requires_grad=False)
+        for key, value in base._parameters.items()
+    }
+    stand_in._modules = {**layer._modules, "base_layer": stand_in_base}
+    stand_in.merged_adapters = list(layer.merged_adapters)
+    if not layer.disable_adapters:
+        with torch.no_grad():
+            stand_in.merge()
+    return getattr(stand_in_base, name).data
+
+
+def _source(name: str, tensor: torch.Tensor, parameter: nn.Parameter | None, read=None) -> SourceTensor:
+    if hasattr(tensor, "full_tensor") or hasattr(tensor, "ds_id"):
+        raise _unsupported(f"{name} is sharded (FSDP2 or DeepSpeed ZeRO-3), which is not supported yet")
+    if not (tensor.is_floating_point() or parameter is None):
+        raise _unsupported(f"{name} is quantized to {tensor.dtype}; the engine needs plain weights")
+    spec = TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+    return SourceTensor(spec, read or (lambda: tensor.detach()), parameter)
+
+
+def _clean(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in (*_WRAPPERS, "base_layer"))
+
+
+def _unsupported(what: str) -> FailedPrecondition:
+    return FailedPrecondition(
+        Reason.TRANSPORT_UNAVAILABLE, f"The policy cannot be sent to the engine: {what}."
+    )

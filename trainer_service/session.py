@@ -1,0 +1,166 @@
+"""A trainer's session with the weight service: the handshake, and the leases that it may take."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+
+from tandem import rpc
+from tandem.errors import FailedPrecondition, Internal, Reason
+from tandem.weights.v1 import weights_pb2 as pb
+from trainer_service.client import InferenceClient
+from trainer_service.lease import Lease
+from weight_transfer.identity import ProcessIdentity
+from weight_transfer.manifest import Manifest, TensorSpec
+from weight_transfer.placement import Block, Placement
+from weight_transfer.transports import Handshake, SourceTensor, open_transport
+
+logger = logging.getLogger(__name__)
+
+UPDATE_TIMEOUT_S = 1800.0
+ANSWER_TIMEOUT_S = 120.0
+
+PolicyOf = Callable[[Sequence[str]], list[SourceTensor]]
+
+
+class Session:
+    """The policy of one trainer, accepted by one life of the engine."""
+
+    def __init__(
+        self, client: InferenceClient, policy_of: PolicyOf, *, transport: str | None, timeout_s: float
+    ) -> None:
+        """Introduce the policy, and open the transport that is chosen.
+
+        Args:
+            client: the service.
+            policy_of: gives the policy's tensors, for the names that the engine's manifest has.
+            transport: shared or stream, or None to let the service choose.
+            timeout_s: deadline in seconds of each step.
+
+        Raises:
+            InvalidArgument: the policy is not the engine's model; each tensor at fault is named.
+            FailedPrecondition: the transport cannot be had, with the reason.
+            Aborted: another trainer has the engine.
+        """
+        self._client = client
+        with rpc.translated():
+            answer = client.weights.GetManifest(pb.GetManifestRequest(), timeout=timeout_s)
+        manifest = _manifest(answer.manifest)
+        self.names = [tensor.name for tensor in manifest]
+        policy = policy_of(self.names)
+        request = pb.OpenSessionRequest(
+            identity=_identity(policy),
+            tensors=[
+                pb.TensorSpec(name=s.name, dtype=_dtype_value(s.spec.dtype), shape=s.spec.shape)
+                for s in policy
+            ],
+            transport=_transport_value(transport),
+        )
+        with rpc.translated():
+            opened = client.weights.OpenSession(request, timeout=timeout_s)
+        self.id = opened.session_id
+        self.engine_id = opened.engine_id
+        self.weight_version: int = opened.weight_version
+        self.lease_timeout_s = opened.lease_timeout.ToNanoseconds() / 1e9
+        chosen = pb.Transport.Name(opened.transport).removeprefix("TRANSPORT_").lower()
+        try:
+            self.transport = open_transport(_handshake(chosen, opened, manifest, policy), timeout_s)
+        except (OSError, ValueError) as error:
+            message = f"The {chosen} transport could not be opened: {error}"
+            raise FailedPrecondition(Reason.TRANSPORT_UNAVAILABLE, message) from error
+        logger.info("weights move by the %s transport%s", chosen, opened.reason and f": {opened.reason}")
+
+    def begin(self, *, timeout_s: float = UPDATE_TIMEOUT_S) -> Lease:
+        """Take the lease for one update on top of `weight_version`.
+
+        Raises:
+            FailedPrecondition: somebody else made a newer version.
+            Aborted: another trainer holds the lease.
+        """
+        return Lease(
+            self._client.weights,
+            pb.BeginUpdate(session_id=self.id, base_version=self.weight_version),
+            heartbeat_s=max(self.lease_timeout_s / 4, 0.05),
+            timeout_s=timeout_s,
+            answer_timeout_s=ANSWER_TIMEOUT_S,
+        )
+
+    def holds(self, digest: int) -> bool:
+        """Whether the engine has committed weights of this digest as the version after ours."""
+        request = pb.GetWeightVersionRequest(include_digest=True)
+        with rpc.translated():
+            now = self._client.weights.GetWeightVersion(request, timeout=ANSWER_TIMEOUT_S)
+        return (
+            now.weight_version == self.weight_version + 1
+            and now.state == pb.WEIGHT_STATE_COMMITTED
+            and now.digest == digest
+        )
+
+
+def _identity(policy: Sequence[SourceTensor]) -> pb.ProcessIdentity:
+    devices = {s.parameter.device for s in policy if s.parameter is not None and s.parameter.is_cuda}
+    uuids = tuple(
+        f"GPU-{torch.cuda.get_device_properties(device).uuid}" for device in sorted(devices, key=str)
+    )
+    mine = ProcessIdentity.current(uuids)
+    return pb.ProcessIdentity(
+        boot_id=mine.boot_id,
+        pid_namespace=mine.pid_namespace,
+        pid=mine.pid,
+        start_time=mine.start_time,
+        gpu_uuids=mine.gpu_uuids,
+    )
+
+
+def _dtype_value(name: str) -> pb.Dtype.ValueType:
+    # Of a dtype that the contract has no name for, the service says which tensor has it.
+    return pb.Dtype.Value(f"DTYPE_{name.upper()}") if f"DTYPE_{name.upper()}" in pb.Dtype.keys() else 0  # noqa: SIM118
+
+
+def _transport_value(name: str | None) -> pb.Transport.ValueType:
+    return pb.TRANSPORT_UNSPECIFIED if name is None else pb.Transport.Value(f"TRANSPORT_{name.upper()}")
+
+
+def _manifest(message: pb.Manifest) -> Manifest:
+    manifest = Manifest(
+        tuple(
+            TensorSpec(t.name, pb.Dtype.Name(t.dtype).removeprefix("DTYPE_").lower(), tuple(t.shape))
+            for t in message.tensors
+        )
+    )
+    if message.digest != manifest.digest:
+        raise Internal(Reason.BUG, "The manifest's digest is not that of its tensors.")
+    return manifest
+
+
+def _handshake(
+    chosen: str, opened: pb.OpenSessionResponse, manifest: Manifest, policy: Sequence[SourceTensor]
+) -> Handshake:
+    shared = opened.shared
+    if chosen == "shared" and len(shared.placements) != len(policy):
+        raise Internal(Reason.BUG, "The service placed another number of tensors than it was given.")
+    return Handshake(
+        transport=chosen,
+        manifest=manifest,
+        max_chunk_bytes=opened.max_chunk_bytes,
+        descriptor_socket=shared.descriptor_socket,
+        token=shared.token,
+        arena_sizes=tuple(shared.arenas),
+        placements=tuple(
+            Placement(manifest.tensors[manifest.positions[source.name]], tuple(map(_block, p.blocks)))
+            for source, p in zip(policy, shared.placements, strict=False)
+        ),
+    )
+
+
+def _block(block: pb.Block) -> Block:
+    return Block(
+        arena=block.arena,
+        arena_offset=block.arena_offset,
+        arena_strides=tuple(block.arena_strides),
+        tensor_offset=block.tensor_offset,
+        tensor_strides=tuple(block.tensor_strides),
+        shape=tuple(block.shape),
+    )

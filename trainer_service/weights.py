@@ -1,0 +1,329 @@
+"""The policy's weights on their way to the engine: one session, a lease for each update, and what to do when one fails.
+
+Where the parameters are the engine's memory (an aliased session), every write to them needs the lease: the optimizer's
+steps take it by themselves, anything else goes inside `update()`. All other sessions move everything in `sync()`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from tandem.engine.v1.engine_pb2 import ServingState
+from tandem.errors import Aborted, DeadlineExceeded, FailedPrecondition, Reason, TandemError
+from trainer_service.client import READY, InferenceClient, is_gone
+from trainer_service.lease import Lease
+from trainer_service.policy_tensors import policy_tensors
+from trainer_service.session import Session
+from weight_transfer.transports import SourceTensor
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+#: States in which the engine takes an update. A torn one is healed by it.
+WRITABLE = (*READY, ServingState.SERVING_STATE_TORN)
+#: How long a session or lease of a trainer that just died, perhaps ourselves, may still seem to be held.
+HELD_S = 5.0
+ATTEMPTS = 3
+
+
+@dataclass(frozen=True)
+class UpdateStats:
+    """One committed update: its version, bytes moved, seconds spent on it here, seconds generation stopped."""
+
+    weight_version: int
+    nbytes: int
+    seconds: float
+    stopped: float
+
+
+class PolicyWeights:
+    """Keeps an engine's weights those of a model. Only one process of a training run has one."""
+
+    def __init__(
+        self,
+        client: InferenceClient,
+        model: Callable[[], nn.Module],
+        *,
+        transport: str | None = None,
+        timeout_s: float = 240.0,
+    ) -> None:
+        """Prepare; nothing is called before `open` or the first `sync`.
+
+        Args:
+            client: the service.
+            model: gives the policy. Asked at each update, since trainers wrap and replace their model.
+            transport: shared or stream, or None to let the service choose.
+            timeout_s: how many seconds to wait for an engine that went away to come back.
+        """
+        self.history: deque[UpdateStats] = deque(maxlen=1000)
+        self.committed = 0  # updates, in all sessions
+        self._client = client
+        self._model = model
+        self._transport = transport
+        self._timeout_s = timeout_s
+        self._session: Session | None = None
+        self._lease: Lease | None = None
+        self._depth = 0
+        self._stepping = 0  # id of the optimizer whose step holds the lease
+        self._dirty = True  # the engine may hold something else than the trainer
+        self._spent = 0.0
+        self._hooks: list[Any] = []
+        self._finalizer: weakref.finalize | None = None
+        atexit.register(_at_exit, weakref.ref(self))
+
+    @property
+    def weight_version(self) -> int:
+        """The version that the engine last committed for us; 0 before the first."""
+        return self.history[-1].weight_version if self.history else 0
+
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes that the last update moved."""
+        return self.history[-1].nbytes if self.history else 0
+
+    @property
+    def engine_id(self) -> str:
+        """The life of the engine that the session is with; "" without one."""
+        return self._session.engine_id if self._session else ""
+
+    @property
+    def transport(self) -> str:
+        """The session's transport; "" without one."""
+        return self._session.transport.name if self._session else ""
+
+    @property
+    def aliased(self) -> bool:
+        """Whether parameters of the model are the engine's memory."""
+        return self._session is not None and bool(self._session.transport.aliased)
+
+    def open(self) -> None:
+        """Open a session with the engine, if there is none. Nothing moves yet.
+
+        Raises:
+            InvalidArgument, FailedPrecondition, Aborted: as `Session` says.
+        """
+        if self._session is not None:
+            return
+        self._session = _patiently(
+            lambda: Session(self._client, self._policy, transport=self._transport, timeout_s=30.0)
+        )
+        self._dirty = True
+        # Parameters must not stay engine memory once nobody is left to take the lease for them.
+        self._finalizer = weakref.finalize(self, self._session.transport.close)
+        self._finalizer.atexit = False
+        self._hook_optimizers()
+
+    def sync(self) -> None:
+        """Have the engine hold the policy as it is now. Returns when that is committed.
+
+        When the engine went away, waits for it to come back, and gives it everything anew.
+
+        Raises:
+            FailedPrecondition: somebody else changed the engine's weights.
+            Unavailable: the engine did not come back in time.
+            TandemError: the service refused the update, and trying again would not help.
+        """
+        if self._lease is not None:
+            raise FailedPrecondition(Reason.UPDATE_ORDER, "sync within an update: its lease is still held")
+        self._insist(self._sync)
+
+    @contextmanager
+    def update(self) -> Iterator[None]:
+        """Hold the lease while the body writes parameters in place. Nothing to do where none is the engine's memory.
+
+        When the body raises, the engine serves nothing until the next `sync`.
+        """
+        self._enter()
+        try:
+            yield
+        except BaseException as error:
+            self.abandon(f"the trainer raised {type(error).__name__}")
+            raise
+        self._leave()
+
+    def abandon(self, reason: str) -> None:
+        """Give up an update that is open, because the code that was writing has failed."""
+        lease, self._lease, self._depth, self._stepping, self._dirty = self._lease, None, 0, 0, True
+        if lease is not None:
+            lease.abort(reason, untouched=False)
+
+    def detach(self) -> None:
+        """End the session. The parameters get memory of their own, with the same values."""
+        self.abandon("the trainer detached")
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        if self._finalizer is not None:
+            self._finalizer()
+        self._session, self._finalizer = None, None
+
+    def _policy(self, wanted: Sequence[str]) -> list[SourceTensor]:
+        return policy_tensors(self._model(), frozenset(wanted))
+
+    def _sync(self) -> None:
+        self.open()
+        session = self._session
+        assert session is not None  # noqa: S101  for the type checker
+        policy = self._policy(session.names)
+        if not self._dirty and session.transport.settled(policy):
+            # Every step was committed as it was made. What is left to know is whether that engine still lives.
+            model = self._client.wait_until_serving(self._timeout_s, accept=WRITABLE)
+            if model.engine_id != session.engine_id:
+                self.detach()
+                return self._sync()
+            if model.weight_version != session.weight_version:
+                raise _taken(session.weight_version, model.weight_version)
+            if model.state != ServingState.SERVING_STATE_TORN:
+                return None
+        started = time.perf_counter()
+        lease = _patiently(session.begin)
+        self._move(lease, policy, started)
+        return None
+
+    def _move(self, lease: Lease, policy: list[SourceTensor], started: float, *, wrote: bool = False) -> None:
+        session = self._session
+        assert session is not None  # noqa: S101  for the type checker
+        wanted = self._dirty
+        self._dirty = True
+        try:
+            moved = session.transport.move(policy, lease.send, digest=wanted)
+        except BaseException as error:
+            lease.abort(str(error), untouched=not (wrote or session.transport.touched))
+            raise
+        version, stopped = lease.commit(moved.digest)
+        session.weight_version = version
+        self._dirty = False
+        self.committed += 1
+        self.history.append(UpdateStats(version, moved.nbytes, time.perf_counter() - started, stopped))
+
+    def _insist(self, attempt: Callable[[], None]) -> None:
+        """Make `attempt`, and make it again with an engine that came back or a lease that was lost."""
+        deadline = time.monotonic() + self._timeout_s
+        for left in reversed(range(ATTEMPTS)):
+            try:
+                return attempt()
+            except TandemError as error:
+                if not left or not _retryable(error):
+                    raise
+                logger.warning("update failed, trying again: %s", error)
+                self._recover(error, deadline)
+
+    def _recover(self, error: TandemError, deadline: float) -> None:
+        """Wait for an engine that can take an update. Keep the session if it is still that engine's."""
+        self._dirty = True
+        left = max(deadline - time.monotonic(), 0.0)
+        model, session = self._client.wait_until_serving(left, accept=WRITABLE), self._session
+        if session is None or model.engine_id != session.engine_id or error.reason == Reason.SESSION_NOT_FOUND:
+            self.detach()
+        elif model.weight_version == session.weight_version + 1:
+            # Perhaps our own commit, whose answer was lost. Its digest tells; nothing is sent.
+            policy = self._policy(session.names)
+            digest = session.transport.move(policy, lambda chunk: None, digest=True).digest
+            if digest is not None and session.holds(digest):
+                session.weight_version += 1
+
+    def _enter(self) -> None:
+        self._depth += 1
+        if self._depth > 1:
+            return
+        if not self.aliased:
+            self._dirty = True
+            return
+        started = time.perf_counter()
+        try:
+            self._insist(self._take)
+        except BaseException:
+            self._depth = 0
+            raise
+        self._spent = time.perf_counter() - started
+
+    def _take(self) -> None:
+        if self._session is None or self._dirty:
+            self._sync()
+        assert self._session is not None  # noqa: S101  for the type checker
+        self._lease = _patiently(self._session.begin)
+
+    def _leave(self) -> None:
+        self._depth -= 1
+        lease, session = self._lease, self._session
+        if self._depth or lease is None or session is None:
+            return
+        self._lease = None
+        try:
+            self._move(lease, self._policy(session.names), time.perf_counter() - self._spent, wrote=True)
+        except TandemError as error:
+            if not _retryable(error):
+                raise
+            # The parameters are whole, and the engine serves nothing: give it all of them.
+            logger.warning("update lost, making up for it: %s", error)
+            self._recover(error, time.monotonic() + self._timeout_s)
+            self.sync()
+
+    def _hook_optimizers(self) -> None:
+        # Global hooks, since trainers and accelerate create, wrap and replace optimizers as they like.
+        me = weakref.ref(self)
+
+        def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            if (weights := me()) is not None and weights._writes(optimizer):
+                if weights._stepping:
+                    weights.abandon("the optimizer's last step raised")
+                weights._enter()
+                weights._stepping = id(optimizer)
+
+        def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            if (weights := me()) is not None and weights._stepping == id(optimizer):
+                weights._stepping = 0
+                weights._leave()
+
+        self._hooks = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
+
+    def _writes(self, optimizer: Optimizer) -> bool:
+        """Whether the optimizer has parameters that are engine memory."""
+        aliased = self._session.transport.aliased if self._session else {}
+        return bool(aliased) and any(
+            id(parameter) in aliased for group in optimizer.param_groups for parameter in group["params"]
+        )
+
+
+def _patiently(call: Callable[[], T]) -> T:
+    """Call, and again for a while where another trainer has the lease: it may be ourselves before a restart."""
+    deadline = time.monotonic() + HELD_S
+    while True:
+        try:
+            return call()
+        except Aborted as error:
+            if error.reason != Reason.LEASE_HELD or time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+
+def _retryable(error: TandemError) -> bool:
+    """Whether the update may succeed when everything is sent again."""
+    return is_gone(error) or isinstance(error, DeadlineExceeded) or error.reason == Reason.LEASE_LOST
+
+
+def _taken(ours: int, theirs: int) -> FailedPrecondition:
+    return FailedPrecondition(
+        Reason.BASE_VERSION_MISMATCH,
+        f"The engine's weights are of version {theirs}, which somebody else made: ours is {ours}. "
+        "Where they share memory the trainer's parameters changed as well: resume from a checkpoint.",
+        metadata={"base_version": str(ours), "weight_version": str(theirs)},
+    )
+
+
+def _at_exit(me: weakref.ref[PolicyWeights]) -> None:
+    if (weights := me()) is not None:
+        weights.abandon("the trainer's process ends")

@@ -1,0 +1,27 @@
+"""The ways in which weights move: one abstract class, one file each, and the factory."""
+
+from __future__ import annotations
+
+from weight_transfer.transports.base import Chunk, Handshake, Moved, SourceTensor, WeightTransport
+
+__all__ = ["Chunk", "Handshake", "Moved", "SourceTensor", "WeightTransport", "open_transport"]
+
+
+def open_transport(handshake: Handshake, timeout_s: float = 10.0) -> WeightTransport:
+    """The transport that the service chose.
+
+    Raises:
+        ValueError: a transport that this side does not know, or placements that leave their arena.
+        OSError: the engine's memory could not be had within `timeout_s` seconds.
+    """
+    match handshake.transport:
+        case "shared":
+            from weight_transfer.transports.shared import SharedTransport
+
+            return SharedTransport.connect(handshake, timeout_s)
+        case "stream":
+            from weight_transfer.transports.stream import StreamTransport
+
+            return StreamTransport(handshake.manifest, handshake.max_chunk_bytes)
+        case other:
+            raise ValueError(f"no transport is named {other!r}: there are shared and stream")

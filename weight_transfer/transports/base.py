@@ -1,0 +1,96 @@
+"""What a transport is: the trainer's end of the way on which one update's bytes move."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from weight_transfer.manifest import Manifest, TensorSpec
+from weight_transfer.placement import Placement
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """One tensor of the policy as the trainer holds it.
+
+    `read` returns its value now, of the spec's dtype and shape; the result may be fresh memory, and is dropped before
+    the next tensor is read. `parameter` is set where the value is a parameter of the model as it stands, which may
+    therefore become a view of the engine's memory.
+    """
+
+    spec: TensorSpec
+    read: Callable[[], torch.Tensor]
+    parameter: torch.nn.Parameter | None = None
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of a tensor: its index in the manifest, the first byte, and bytes in the engine's dtype, row-major."""
+
+    tensor: int
+    offset: int
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What one update moved: bytes in the engine's dtype, and the digest of the whole policy where any did."""
+
+    nbytes: int
+    digest: int | None
+
+
+@dataclass(frozen=True)
+class Handshake:
+    """What the service answered to a trainer: which transport, and what that needs."""
+
+    transport: str
+    manifest: Manifest
+    max_chunk_bytes: int = 0
+    descriptor_socket: str = ""
+    token: bytes = b""
+    arena_sizes: tuple[int, ...] = ()
+    placements: tuple[Placement, ...] = ()
+
+
+class WeightTransport(ABC):
+    """One session's way of moving weights."""
+
+    name: ClassVar[str]
+
+    #: Whether the last `move` wrote into memory that the engine computes with.
+    touched: bool = False
+
+    @property
+    def aliased(self) -> dict[int, torch.nn.Parameter]:
+        """The parameters that are engine memory now, by `id`: whoever writes them needs the lease."""
+        return {}
+
+    def settled(self, policy: Sequence[SourceTensor]) -> bool:
+        """Whether the engine's memory holds `policy` as it is, so that an update has nothing to move."""
+        return False
+
+    @abstractmethod
+    def move(
+        self, policy: Sequence[SourceTensor], send: Callable[[Chunk], None], *, digest: bool = False
+    ) -> Moved:
+        """Bring `policy` to the engine, within an update that is ready.
+
+        Args:
+            policy: all tensors of the manifest, in any order.
+            send: puts a chunk in the update's stream; blocks while the service is behind.
+            digest: whether to digest the policy even where no byte moved.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the engine's memory. Parameters that were part of it get their own, with the same values."""

@@ -1,0 +1,122 @@
+"""Shared: the trainer maps the engine's memory. Its parameters become that memory, or are written into it."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Sequence
+
+import torch
+
+from weight_transfer import descriptors, placement, scatter
+from weight_transfer import digest as digests
+from weight_transfer.arena import Arena
+from weight_transfer.manifest import Manifest
+from weight_transfer.placement import Placement
+from weight_transfer.transports.base import Chunk, Handshake, Moved, SourceTensor, WeightTransport
+
+
+class SharedTransport(WeightTransport):
+    """Aliases each parameter whose placement is one contiguous block of its own dtype, and scatters the rest.
+
+    The connection to the descriptor socket is the session: the service ends it when the connection closes.
+    """
+
+    name = "shared"
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        placements: Sequence[Placement],
+        arenas: Sequence[Arena],
+        connection: socket.socket | None = None,
+    ) -> None:
+        self._manifest = manifest
+        self._placements = {p.spec.name: p for p in placements}
+        self._arenas = list(arenas)
+        self._connection = connection
+        self._aliased: dict[int, torch.nn.Parameter] = {}
+
+    @classmethod
+    def connect(cls, handshake: Handshake, timeout_s: float) -> SharedTransport:
+        """Fetch the arenas' descriptors and map them. Errors are those of `open_transport`."""
+        sizes = handshake.arena_sizes
+        placement.check(handshake.placements, sizes)  # before anything is mapped by it
+        fds, connection = descriptors.receive(
+            handshake.descriptor_socket, handshake.token, len(sizes), timeout_s
+        )
+        try:
+            arenas = [Arena.open(fd, size) for fd, size in zip(fds, sizes, strict=True)]
+        except BaseException:
+            connection.close()
+            raise
+        finally:
+            for fd in fds:
+                os.close(fd)
+        return cls(handshake.manifest, handshake.placements, arenas, connection)
+
+    @property
+    def aliased(self) -> dict[int, torch.nn.Parameter]:
+        return self._aliased
+
+    def settled(self, policy: Sequence[SourceTensor]) -> bool:
+        return all(self._in_place(source) for source in policy)
+
+    def move(
+        self, policy: Sequence[SourceTensor], send: Callable[[Chunk], None], *, digest: bool = False
+    ) -> Moved:
+        self.touched = False
+        moving = [source for source in policy if not self._in_place(source)]
+        parts = [0] * len(self._manifest)
+        standing: list[scatter.Pair] = []
+        for source in policy if digest or moving else ():
+            place, value = self._placements[source.name], source.read().detach()
+            pairs = [] if self._in_place(source) else place.pairs(self._arenas, value)
+            if source.parameter is None:
+                self._write(pairs)  # now, so that fresh memory is not held for longer than one tensor
+            else:
+                standing += pairs
+            # Of what the trainer means to write, not of what it finds written: that is for the engine to digest.
+            cast = value.to(getattr(torch, place.spec.dtype))
+            parts[self._manifest.positions[source.name]] = digests.digest_tensor(cast)
+        self._write(standing)
+        for source in moving:
+            self._alias(source)
+        nbytes = sum(self._placements[source.name].spec.nbytes for source in moving)
+        return Moved(nbytes, digests.combine(parts) if digest or moving else None)
+
+    def close(self) -> None:
+        with torch.no_grad():
+            for parameter in self._aliased.values():
+                if self._is_ours(parameter):
+                    parameter.data = parameter.data.clone()
+        self._aliased.clear()
+        self._arenas.clear()
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _in_place(self, source: SourceTensor) -> bool:
+        """Whether the source is the engine's memory already. A parameter may have been given other memory since."""
+        if source.parameter is None or id(source.parameter) not in self._aliased:
+            return False
+        place = self._placements[source.name]
+        return (
+            not place.alias_reason(source.spec.dtype)
+            and source.parameter.data_ptr() == place.view(self._arenas).data_ptr()
+        )
+
+    def _alias(self, source: SourceTensor) -> None:
+        place = self._placements[source.name]
+        if source.parameter is not None and not place.alias_reason(source.spec.dtype):
+            source.parameter.data = place.view(self._arenas)
+            self._aliased[id(source.parameter)] = source.parameter
+
+    def _write(self, pairs: Sequence[scatter.Pair]) -> None:
+        if pairs:
+            self.touched = True
+            scatter.scatter(pairs)
+
+    def _is_ours(self, parameter: torch.nn.Parameter) -> bool:
+        address = parameter.data_ptr()
+        return any(arena.address <= address < arena.address + arena.size for arena in self._arenas)

@@ -1,0 +1,41 @@
+"""Stream: the bytes travel in the update's own stream, and are received beside the live weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from weight_transfer import digest as digests
+from weight_transfer.manifest import Manifest
+from weight_transfer.transports.base import Chunk, Moved, SourceTensor, WeightTransport
+
+
+class StreamTransport(WeightTransport):
+    """Cuts each tensor into chunks. One tensor is held at a time, never a copy of the model."""
+
+    name = "stream"
+
+    def __init__(self, manifest: Manifest, max_chunk_bytes: int) -> None:
+        if max_chunk_bytes < 1:
+            raise ValueError(f"max_chunk_bytes must be at least 1, is {max_chunk_bytes}")
+        self._manifest = manifest
+        self._max_chunk_bytes = max_chunk_bytes
+
+    def move(
+        self, policy: Sequence[SourceTensor], send: Callable[[Chunk], None], *, digest: bool = False
+    ) -> Moved:
+        moved, parts = 0, [0] * len(self._manifest)
+        for source in policy:
+            index = self._manifest.positions[source.name]
+            dtype = getattr(torch, self._manifest.tensors[index].dtype)
+            value = source.read().detach().to(device="cpu", dtype=dtype).contiguous()
+            (parts[index],) = digests.digest_tensors([value])
+            raw = memoryview(value.reshape(-1).view(torch.uint8).numpy())
+            for start in range(0, len(raw), self._max_chunk_bytes):
+                send(Chunk(index, start, bytes(raw[start : start + self._max_chunk_bytes])))
+            moved += len(raw)
+        return Moved(moved, digests.combine(parts))
+
+    def close(self) -> None:
+        pass
