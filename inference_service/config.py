@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import stat
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,23 @@ from pydantic_settings import (
 
 
 def default_address() -> str:
-    """A Unix socket in the user's runtime folder, which nobody else can enter."""
-    folder = os.environ.get("RUNTIME_DIRECTORY") or os.environ.get("XDG_RUNTIME_DIR")
-    return f"unix://{folder}/tandem-inference.sock" if folder else "unix:///tmp/tandem-inference.sock"
+    """A Unix socket in a folder that nobody else can enter: the service manager's, the user's, or one in /tmp.
+
+    Raises:
+        ValueError: the folder in /tmp is somebody else's.
+    """
+    if folder := os.environ.get("RUNTIME_DIRECTORY") or os.environ.get("XDG_RUNTIME_DIR"):
+        return f"unix://{folder}/tandem-inference.sock"
+    private = Path(tempfile.gettempdir(), f"tandem-{os.geteuid()}")
+    private.mkdir(mode=0o700, exist_ok=True)
+    found = private.lstat()
+    if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) != 0o700 or not stat.S_ISDIR(found.st_mode):
+        raise ValueError(f"{private} is not a folder of this user's alone: name an address")
+    return f"unix://{private}/inference.sock"
+
+
+def _default_addresses() -> list[str]:
+    return [default_address()]
 
 
 class InferenceSettings(BaseSettings):
@@ -35,7 +51,7 @@ class InferenceSettings(BaseSettings):
 
     model: str = Field(description="The checkpoint to start from: a folder, or a name that vLLM can resolve.")
     addresses: list[str] = Field(
-        default_factory=lambda: [default_address()],
+        default_factory=_default_addresses,
         description="Where to serve: unix:///path or host:port. A Unix socket is open to this user alone.",
     )
     token_file: Path | None = Field(None, description="File with the token that callers must send.")

@@ -280,8 +280,6 @@ class Engine:
 
     async def _in_tokenizer(self, call: Any) -> list[int]:
         tokenizer = self.llm.get_tokenizer()
-        if asyncio.iscoroutine(tokenizer):  # 0.26
-            tokenizer = await tokenizer
         if tokenizer is None:
             raise invalid("prompts", "the engine was started without a tokenizer: send token ids")
         return list(await asyncio.get_running_loop().run_in_executor(self._tokenizing, call, tokenizer))

@@ -183,7 +183,9 @@ class Rollouts:
         except Exception as error:
             if (refused := refusal(error)) is None:
                 raise
-            raise invalid("sampling", refused) from error
+            # Most of what vLLM checks this late is what the tokenizer is needed for: grammars.
+            structured = request.params.structured_outputs is not None
+            raise invalid("sampling.structured_output" if structured else "sampling", refused) from error
 
 
 async def _end(tasks: Sequence[asyncio.Future[Any]]) -> None:

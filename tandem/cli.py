@@ -62,16 +62,22 @@ def _run(command: EntryPoint, arguments: list[str], debug: bool) -> int:
         sys.stdout = None  # or the interpreter flushes it at exit and fails again
         return 1
     except TandemError as error:
+        _trace(debug)
         code = 2 if isinstance(error, InvalidArgument) else 3 if isinstance(error, Unavailable) else 1
         text = str(error)
     except ModuleNotFoundError as error:
+        _trace(debug)
         code, text = 1, f"{command.name} needs {error.name}, which is not installed here"
     except Exception as error:  # noqa: BLE001  # of whatever the command runs
+        _trace(debug)
         lines = str(error).strip().splitlines() or ["no message"]
         code, text = 1, f"{type(error).__name__}: {lines[0]}{' ...' if lines[1:] else ''} (--debug shows all)"
+    return _fail(text, code)
+
+
+def _trace(debug: bool) -> None:
     if debug:
         traceback.print_exc()
-    return _fail(text, code)
 
 
 def _commands() -> dict[str, EntryPoint]:

@@ -1,7 +1,7 @@
 """Tandem's errors: one tree, one catalogue of reasons. docs/errors.md explains each to users.
 
 An error has a class, which is its gRPC status code, and a reason, which programs match on. It is the same in
-the service that raises it and in the client, where `tandem.rpc.translate` rebuilds it. Every class inherits the
+the service that raises it and in the client, where `tandem.rpc.translate` rebuilds it. A class inherits the
 nearest exception of the standard library, so that `except ValueError` works as one would guess.
 """
 

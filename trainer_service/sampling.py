@@ -73,7 +73,7 @@ def _set(params: pb.SamplingParams, name: str, value: Any) -> None:
     elif name == "logprobs":
         params.top_logprobs = value
     elif name == "logit_bias":
-        for token, bias in value.items():
+        for token, bias in dict(value).items():
             params.logit_bias[int(token)] = bias
     else:
         params.structured_output.CopyFrom(_structured_output(value))

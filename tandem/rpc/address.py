@@ -40,6 +40,11 @@ class Address:
         except ValueError:
             return False
 
+    @property
+    def target(self) -> str:
+        """The address for gRPC, which would count the slashes of `unix://` among the path's 107 bytes."""
+        return str(self) if self.path is None else f"unix:{self.path}"
+
     def __str__(self) -> str:
         if self.path is not None:
             return f"unix://{self.path}"

@@ -43,7 +43,7 @@ def connect(
         InvalidArgument: the address is malformed, or what is asked for would not be safe.
     """
     target, credentials = _resolve(address, token, ca_file, cert_file, key_file, insecure)
-    arguments = [*options.client_options(max_message_bytes), *extra_options]
+    arguments = options.merge(options.client_options(max_message_bytes), extra_options)
     if credentials is None:
         return grpc.insecure_channel(target, arguments)
     return grpc.secure_channel(target, credentials, arguments)
@@ -65,7 +65,7 @@ def connect_aio(
     Arguments and errors are those of `connect`.
     """
     target, credentials = _resolve(address, token, ca_file, cert_file, key_file, insecure)
-    arguments = [*options.client_options(max_message_bytes), *extra_options]
+    arguments = options.merge(options.client_options(max_message_bytes), extra_options)
     if credentials is None:
         return grpc.aio.insecure_channel(target, arguments)
     return grpc.aio.secure_channel(target, credentials, arguments)
@@ -94,7 +94,7 @@ def _resolve(
             raise invalid("token", "would be readable on the way: use a unix:/// address, or TLS by ca_file")
         bearer = grpc.access_token_call_credentials(token)
         credentials = grpc.composite_channel_credentials(credentials, bearer)
-    return str(parsed), credentials
+    return parsed.target, credentials
 
 
 def _transport(

@@ -142,8 +142,8 @@ class _Call:
                 try:
                     await context.write(response)
                 except grpc.aio.InternalError:
-                    # The RPC ended while the write was parked, and gRPC is about to cancel us. If the handler were
-                    # closed before that, the cancel would cut its `finally` short.
+                    # The RPC ended while the write was parked, and gRPC is about to cancel us. If the handler
+                    # were closed before that, the cancel would cut its `finally` short.
                     await asyncio.sleep(_CANCEL_FOLLOWS_S)
                     raise
 

@@ -62,9 +62,9 @@ def bind(
         raise invalid("addresses", f"{address} can be reached by other hosts: set TLS up, or allow insecure")
     try:
         if tls is None:
-            port = server.add_insecure_port(str(address))
+            port = server.add_insecure_port(address.target)
         else:
-            port = server.add_secure_port(str(address), tls.credentials())
+            port = server.add_secure_port(address.target, tls.credentials())
     except RuntimeError as error:
         raise _in_use(address, "it is in use, or no address of this host") from error
     return Address(host=address.host, port=port)
@@ -78,7 +78,9 @@ def _bind_unix(server: grpc.aio.Server, address: Address, path: Path, mode: int)
         # The permissions must be right from the start: whoever connected before a chmod would stay connected.
         umask = os.umask(0o777 & ~mode)
         try:
-            server.add_secure_port(str(address), grpc.local_server_credentials(grpc.LocalConnectionType.UDS))
+            server.add_secure_port(
+                address.target, grpc.local_server_credentials(grpc.LocalConnectionType.UDS)
+            )
         except RuntimeError as error:
             raise _in_use(address, "its folder cannot be written") from error
         finally:

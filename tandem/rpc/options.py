@@ -6,6 +6,7 @@ gRPC ignores names it does not know, so a contract test looks each of these up i
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Final
 
 Options = list[tuple[str, int | str]]
@@ -22,7 +23,7 @@ MAX_SEND: Final = "grpc.max_send_message_length"
 
 MIN_PING_INTERVAL: Final = "grpc.http2.min_ping_interval_without_data_ms"
 """How often a client may ping while nothing else is sent. The default of 5 minutes kills long silent calls
-of clients with keepalive (`too_many_pings`). The name with `recv` in it, seen elsewhere, is no name at all."""
+of clients with keepalive (`too_many_pings`). The name with `recv` in it, seen elsewhere, is no name."""
 
 MAX_PING_STRIKES: Final = "grpc.http2.max_ping_strikes"
 """0: a connection is never closed for pinging too often. Clients in other languages ping as they like."""
@@ -74,6 +75,11 @@ def service_config() -> str:
     return json.dumps(
         {"methodConfig": [{"name": names, "retryPolicy": policy}], "retryThrottling": throttling}
     )
+
+
+def merge(base: Options, more: Iterable[tuple[str, int | str]]) -> Options:
+    """Return both, where `more` wins. Of an argument that is given twice, gRPC takes the first."""
+    return list((dict(base) | dict(more)).items())
 
 
 def server_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> Options:

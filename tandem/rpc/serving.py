@@ -156,6 +156,11 @@ class Serving:
             await self._server.start()
         except BaseException:
             self._stop_exporter()
+            for (
+                address
+            ) in self._bound:  # gRPC removes the sockets of servers that were started, not of others
+                if address.path is not None:
+                    address.path.unlink(missing_ok=True)
             await self._server.stop(None)
             raise
         self._tasks.append(asyncio.create_task(self._lag.run()))

@@ -43,7 +43,7 @@ def engine() -> ScriptedEngine:
 
 @pytest.fixture
 async def serve(folder: Path, engine: ScriptedEngine) -> AsyncIterator[Serve]:
-    """Start servers with `await serve(**fields of ServingConfig)`; by default on `folder/socket`. They are stopped."""
+    """Start servers with `await serve(**fields of ServingConfig)`; by default on `folder/socket`."""
     servings: list[Serving] = []
 
     async def start(**fields: Any) -> Serving:

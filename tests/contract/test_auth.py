@@ -6,7 +6,6 @@ import asyncio
 import datetime
 import ipaddress
 import os
-import socket
 import stat
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from engine import ENGINE
+from engine import ScriptedEngine
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tandem.engine.v1 import engine_pb2, engine_pb2_grpc
@@ -46,7 +45,9 @@ async def test_a_call_without_the_token_is_refused(serve: Serve, token: str | No
 async def test_two_tokens_are_none(serve: Serve) -> None:
     serving = await serve(token="right")  # noqa: S106
     async with connect_aio(serving.addresses[0], token="wrong") as channel:  # noqa: S106
-        call = engine_pb2_grpc.EngineServiceStub(channel).GetStats(GET, metadata=[("authorization", "Bearer right")])
+        call = engine_pb2_grpc.EngineServiceStub(channel).GetStats(
+            GET, metadata=[("authorization", "Bearer right")]
+        )
         assert (await failure(call)).code() == grpc.StatusCode.UNAUTHENTICATED
 
 
@@ -63,10 +64,12 @@ async def test_the_token_travels_over_a_unix_socket(serve: Serve) -> None:
 
 
 async def test_a_client_of_another_language_calls_over_a_plain_channel(serve: Serve) -> None:
-    """Local credentials put nothing on the wire, so that `grpcurl -plaintext` and the like work with our sockets."""
+    """Local credentials put nothing on the wire, so `grpcurl -plaintext` and the like work with our sockets."""
     serving = await serve(token="right", addresses=("127.0.0.1:0",))  # noqa: S106
     async with connect_aio(serving.addresses[0]) as channel:
-        call = engine_pb2_grpc.EngineServiceStub(channel).GetStats(GET, metadata=[("authorization", "Bearer right")])
+        call = engine_pb2_grpc.EngineServiceStub(channel).GetStats(
+            GET, metadata=[("authorization", "Bearer right")]
+        )
         assert (await call).weight_version == 7
     unix = await serve()
     async with grpc.aio.insecure_channel(unix.addresses[0]) as channel:
@@ -120,7 +123,7 @@ async def test_another_user_cannot_connect(serve: Serve, folder: Path) -> None:
     folder.chmod(0o700)
 
 
-@pytest.mark.parametrize("address", ["0.0.0.0:0", "[::]:0", "example.org:1"])  # noqa: S104
+@pytest.mark.parametrize("address", ["0.0.0.0:0", "[::]:0", "example.org:1"])
 async def test_other_hosts_are_not_served_without_tls(serve: Serve, address: str) -> None:
     with pytest.raises(InvalidArgument, match="can be reached by other hosts"):
         await serve(addresses=(address,))
@@ -168,30 +171,35 @@ class Authority:
         return path
 
 
-async def test_tls_carries_the_token_and_mutual_tls_refuses_strangers(serve: Serve, folder: Path) -> None:
+async def test_tls_carries_the_token_and_mutual_tls_refuses_strangers(
+    serve: Serve, engine: ScriptedEngine, folder: Path
+) -> None:
     authority, stranger = Authority(folder, "authority"), Authority(folder, "stranger")
     cert, key = authority.issue("service")
     tls = Tls(cert_file=cert, key_file=key, client_ca_file=authority.file)
     serving: Serving = await serve(addresses=("127.0.0.1:0",), tls=tls, token="right")  # noqa: S106
     (address,) = serving.addresses
 
-    async def call(signer: Authority | None) -> int | TandemError:
+    async def call(signer: Authority | None) -> bytes | TandemError:
         pair = (None, None) if signer is None else signer.issue("client")
         channel = connect_aio(
-            address, ca_file=authority.file, cert_file=pair[0], key_file=pair[1], token="right"  # noqa: S106
+            address,
+            ca_file=authority.file,
+            cert_file=pair[0],
+            key_file=pair[1],
+            token="right",  # noqa: S106
         )
         async with channel:
             try:
-                stats = await engine_pb2_grpc.EngineServiceStub(channel).Pause(engine_pb2.PauseRequest(), timeout=1)
-                return len(stats.SerializeToString())
+                stub = engine_pb2_grpc.EngineServiceStub(channel)
+                return (await stub.Pause(engine_pb2.PauseRequest(), timeout=1)).SerializeToString()
             except grpc.RpcError as error:
                 return translate(error)
 
     async def pause(request: object, context: object) -> None: ...
 
-    from_engine = serving  # the scripted engine's Pause must answer
-    from_engine._parts[0][1].pause = pause
-    assert await call(authority) == 0
+    engine.pause = pause
+    assert await call(authority) == b""
     for refused in (await call(stranger), await call(None)):
         assert isinstance(refused, TandemError)
         assert refused.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
@@ -204,5 +212,3 @@ async def test_missing_tls_files_are_named(serve: Serve, folder: Path) -> None:
         connect("127.0.0.1:1", ca_file=folder / "none")
     with pytest.raises(InvalidArgument, match="needs both"):
         connect("127.0.0.1:1", ca_file=folder / "none", cert_file=folder / "none")
-    assert ENGINE
-    assert socket.AF_UNIX

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import pickle
 from collections.abc import AsyncIterator
@@ -49,7 +50,9 @@ def same(got: TandemError, sent: TandemError) -> bool:
 
 
 @pytest.mark.parametrize("reason", Reason)
-async def test_every_reason_crosses_the_wire_whole(serve: Serve, engine: ScriptedEngine, reason: Reason) -> None:
+async def test_every_reason_crosses_the_wire_whole(
+    serve: Serve, engine: ScriptedEngine, reason: Reason
+) -> None:
     async def pause(request: Any, context: Any) -> None:
         raise specimen(reason)
 
@@ -87,7 +90,9 @@ async def test_many_violations_fit_the_trailers_and_the_rest_is_counted(
     serve: Serve, engine: ScriptedEngine
 ) -> None:
     async def pause(request: Any, context: Any) -> None:
-        violations = [Violation(f"layers.{i}.größe", "shape (2, 3), the engine has (3, 2)") for i in range(5000)]
+        violations = [
+            Violation(f"layers.{i}.größe", "shape (2, 3), the engine has (3, 2)") for i in range(5000)
+        ]
         raise InvalidArgument(Reason.MANIFEST_MISMATCH, "ß" * 5000, violations=violations)
 
     engine.pause = pause
@@ -261,10 +266,8 @@ async def test_a_broken_request_stream_is_not_taken_for_an_ended_one(
 
 async def test_the_first_abort_wins(serve: Serve, engine: ScriptedEngine) -> None:
     async def pause(request: Any, context: Any) -> None:
-        try:
+        with contextlib.suppress(Exception):  # the mistake: AbortError is an Exception
             await context.abort(grpc.StatusCode.NOT_FOUND, "first")
-        except Exception:  # noqa: BLE001, S110  # the mistake: AbortError is an Exception
-            pass
         raise invalid("mode", "second")
 
     engine.pause = pause
@@ -303,14 +306,18 @@ async def test_an_error_after_some_responses_arrives_after_them(serve: Serve, en
         assert translate(await failure(call.read())).violations[0].field == "step"
 
 
-async def test_bytes_that_are_no_message_are_the_callers_mistake(serve: Serve, engine: ScriptedEngine) -> None:
+async def test_bytes_that_are_no_message_are_the_callers_mistake(
+    serve: Serve, engine: ScriptedEngine
+) -> None:
     serving = await serve()
     async with connect_aio(serving.addresses[0]) as channel:
         error = await failure(channel.unary_unary(f"/{ENGINE}/Pause")(b"\xff\xff\xff"))
     assert translate(error).reason is Reason.FIELD_INVALID
 
 
-@pytest.mark.parametrize("method", [f"/{ENGINE}/WakeUp", f"/{ENGINE}/Nope", "/no.Such/Method", f"/{RAW}/Nope"])
+@pytest.mark.parametrize(
+    "method", [f"/{ENGINE}/WakeUp", f"/{ENGINE}/Nope", "/no.Such/Method", f"/{RAW}/Nope"]
+)
 async def test_an_unknown_method_is_an_error_like_any_other(serve: Serve, method: str) -> None:
     serving = await serve()
     async with connect_aio(serving.addresses[0]) as channel:
@@ -320,7 +327,9 @@ async def test_an_unknown_method_is_an_error_like_any_other(serve: Serve, method
         assert (got.code, got.reason) == (grpc.StatusCode.UNIMPLEMENTED, Reason.METHOD_UNKNOWN)
 
 
-async def test_what_grpc_itself_says_is_translated_too(serve: Serve, engine: ScriptedEngine, folder: Any) -> None:
+async def test_what_grpc_itself_says_is_translated_too(
+    serve: Serve, engine: ScriptedEngine, folder: Any
+) -> None:
     async def pause(request: Any, context: Any) -> None:
         await asyncio.sleep(60)
 

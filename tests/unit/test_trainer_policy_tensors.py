@@ -84,13 +84,13 @@ def test_buffers_only_where_the_engine_has_the_name() -> None:
     assert "model.scale" in values(model, ("model.scale",))
 
 
-def test_wrappers_are_looked_through(monkeypatch) -> None:
+def test_wrappers_are_looked_through() -> None:
     model = model_of()
     plain = values(model)
     same(values(nn.DataParallel(model)), plain)
-    compiled = torch.compile(model)
+    compiled = torch.compile(model, backend="eager")
     same(values(compiled), plain)
-    model.model.layers[0] = torch.compile(model.model.layers[0])
+    model.model.layers[0] = torch.compile(model.model.layers[0], backend="eager")
     same(values(model), plain)
 
 
@@ -114,12 +114,10 @@ def test_lora_is_merged_as_peft_merges_and_the_base_stays(dtype: torch.dtype, co
     merged = values(model)
     same(dict(model.state_dict()), dict(before))  # to the bit
     expected = copy.deepcopy(model).merge_and_unload().state_dict()
-    assert any(not torch.equal(merged[n], before.get(f"base_model.model.{n}", merged[n])) for n in merged) or (
-        not torch.equal(
-            merged["model.layers.0.self_attn.q_proj.weight"],
-            before["base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"],
-        )
-    )
+    name = "model.layers.0.self_attn.q_proj.weight"
+    if "q_proj" in config["target_modules"]:
+        base = before["base_model.model." + name.replace(".weight", ".base_layer.weight")]
+        assert not torch.equal(merged[name], base)
     same(merged, dict(expected))
 
 

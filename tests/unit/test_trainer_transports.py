@@ -6,8 +6,10 @@ import gc
 import os
 import socket
 import threading
+import weakref
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -234,29 +236,23 @@ def test_stream_cuts_chunks_in_the_engines_dtype(limit: int) -> None:
     assert moved.digest == digest_of(parameters)
 
 
-def test_stream_holds_one_tensor_at_a_time() -> None:
-    held: list[int] = []
-    alive = 0
-
-    class Tracked:
-        def __init__(self) -> None:
-            nonlocal alive
-            alive += 1
-            held.append(alive)
-
-        def __del__(self) -> None:
-            nonlocal alive
-            alive -= 1
+@pytest.mark.parametrize("transport", ["shared", "stream"])
+def test_fresh_tensors_are_held_one_at_a_time(transport: str) -> None:
+    alive: list[weakref.ref] = []
 
     def fresh(spec: TensorSpec) -> torch.Tensor:
-        tensor = torch.zeros(spec.shape, dtype=torch.bfloat16)
-        tensor.tracked = Tracked()
-        return tensor
+        assert not [ref for ref in alive if ref() is not None], "the tensor before is still held"
+        memory = np.zeros(spec.shape, dtype=np.float32)  # lives as long as the last tensor over it
+        alive.append(weakref.ref(memory))
+        return torch.from_numpy(memory)
 
-    policy = [SourceTensor(spec, lambda spec=spec: fresh(spec)) for spec in MANIFEST]
-    StreamTransport(MANIFEST, 100).move(policy, lambda chunk: None)
-    assert held == [1, 1, 1, 1] or max(held) <= 2  # one being read while the name of the last goes
-    assert len(held) == 4
+    policy = [
+        SourceTensor(TensorSpec(spec.name, "float32", spec.shape), lambda spec=spec: fresh(spec))
+        for spec in MANIFEST
+    ]
+    way = shared()[0] if transport == "shared" else StreamTransport(MANIFEST, 100)
+    way.move(policy, lambda chunk: None)
+    assert len(alive) == len(MANIFEST)
 
 
 def test_stream_needs_room_for_a_byte() -> None:

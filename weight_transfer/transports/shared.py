@@ -70,20 +70,23 @@ class SharedTransport(WeightTransport):
         parts = [0] * len(self._manifest)
         standing: list[scatter.Pair] = []
         for source in policy if digest or moving else ():
-            place, value = self._placements[source.name], source.read().detach()
-            pairs = [] if self._in_place(source) else place.pairs(self._arenas, value)
-            if source.parameter is None:
-                self._write(pairs)  # now, so that fresh memory is not held for longer than one tensor
-            else:
-                standing += pairs
-            # Of what the trainer means to write, not of what it finds written: that is for the engine to digest.
-            cast = value.to(getattr(torch, place.spec.dtype))
-            parts[self._manifest.positions[source.name]] = digests.digest_tensor(cast)
+            self._read(source, standing, parts)
         self._write(standing)
         for source in moving:
             self._alias(source)
         nbytes = sum(self._placements[source.name].spec.nbytes for source in moving)
         return Moved(nbytes, digests.combine(parts) if digest or moving else None)
+
+    def _read(self, source: SourceTensor, standing: list[scatter.Pair], parts: list[int]) -> None:
+        place, value = self._placements[source.name], source.read().detach()
+        pairs = [] if self._in_place(source) else place.pairs(self._arenas, value)
+        if source.parameter is None:
+            self._write(pairs)  # now, so that fresh memory is not held for longer than one tensor
+        else:
+            standing += pairs
+        # Of what the trainer means to write, not of what it finds written: that is for the engine to digest.
+        cast = value.to(getattr(torch, place.spec.dtype))
+        parts[self._manifest.positions[source.name]] = digests.digest_tensor(cast)
 
     def close(self) -> None:
         with torch.no_grad():

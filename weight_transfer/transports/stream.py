@@ -25,17 +25,20 @@ class StreamTransport(WeightTransport):
     def move(
         self, policy: Sequence[SourceTensor], send: Callable[[Chunk], None], *, digest: bool = False
     ) -> Moved:
-        moved, parts = 0, [0] * len(self._manifest)
-        for source in policy:
-            index = self._manifest.positions[source.name]
-            dtype = getattr(torch, self._manifest.tensors[index].dtype)
-            value = source.read().detach().to(device="cpu", dtype=dtype).contiguous()
-            (parts[index],) = digests.digest_tensors([value])
-            raw = memoryview(value.reshape(-1).view(torch.uint8).numpy())
-            for start in range(0, len(raw), self._max_chunk_bytes):
-                send(Chunk(index, start, bytes(raw[start : start + self._max_chunk_bytes])))
-            moved += len(raw)
+        parts = [0] * len(self._manifest)
+        moved = sum(self._send(source, send, parts) for source in policy)
         return Moved(moved, digests.combine(parts))
+
+    def _send(self, source: SourceTensor, send: Callable[[Chunk], None], parts: list[int]) -> int:
+        # One call for each tensor, so that its memory is let go before the next is read.
+        index = self._manifest.positions[source.name]
+        dtype = getattr(torch, self._manifest.tensors[index].dtype)
+        value = source.read().detach().to(device="cpu", dtype=dtype).contiguous()
+        parts[index] = digests.digest_tensor(value)
+        raw = memoryview(value.reshape(-1).view(torch.uint8).numpy())
+        for start in range(0, len(raw), self._max_chunk_bytes):
+            send(Chunk(index, start, bytes(raw[start : start + self._max_chunk_bytes])))
+        return len(raw)
 
     def close(self) -> None:
         pass

@@ -1,0 +1,160 @@
+"""The contenders as processes, each ready to be asked for the same work."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+from benchmarks.workload import ENGINE, ENVIRONMENT, Workload
+
+
+class Contender(ABC):
+    """Something that generates."""
+
+    name: str
+
+    @abstractmethod
+    def generate(self, work: Workload, seed: int) -> float:
+        """Do `work` once; seconds."""
+
+
+class InProcess(Contender):
+    """AsyncLLM in a process of its own, without a service."""
+
+    def __init__(self, name: str, process: subprocess.Popen[str]) -> None:
+        self.name = name
+        self._process = process
+        self._answer()
+
+    def generate(self, work: Workload, seed: int) -> float:
+        return self._ask(do="generate", work=asdict(work), seed=seed)
+
+    def layerwise_reload(self) -> float:
+        """New weights by vLLM's layerwise reload; seconds."""
+        return self._ask(do="layerwise_reload")
+
+    def _ask(self, **command: Any) -> float:
+        assert self._process.stdin
+        self._process.stdin.write(json.dumps(command) + "\n")
+        self._process.stdin.flush()
+        return float(self._answer()["seconds"])
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout
+        for line in self._process.stdout:
+            with contextlib.suppress(json.JSONDecodeError):  # vLLM prints there too
+                return dict(json.loads(line))
+        raise RuntimeError(f"{self.name} ended with {self._process.wait()}; see its log")
+
+
+class Tandem(Contender):
+    """The inference service, over gRPC on a Unix socket."""
+
+    name = "tandem"
+
+    def __init__(self, address: str) -> None:
+        from trainer_service.client import InferenceClient
+
+        self.client = InferenceClient(address)
+        self.client.wait_until_serving(300)
+
+    def generate(self, work: Workload, seed: int) -> float:
+        prompts = work.prompts(seed)
+        started = time.perf_counter()
+        groups = self.client.generate(
+            [(prompt, 1) for prompt in prompts],
+            {"max_tokens": work.new_tokens, "temperature": 1.0, "ignore_eos": True},
+        )
+        seconds = time.perf_counter() - started
+        assert sum(len(rollout.token_ids) for group in groups for rollout in group) == work.tokens
+        return seconds
+
+
+class Http(Contender):
+    """`vllm serve`, over HTTP with TRL's client."""
+
+    name = "vllm serve + TRL VLLMClient"
+
+    def __init__(self, port: int) -> None:
+        from trl.generation.vllm_client import VLLMClient
+
+        self._client = VLLMClient(base_url=f"http://127.0.0.1:{port}", connection_timeout=300)
+
+    def generate(self, work: Workload, seed: int) -> float:
+        prompts = work.prompts(seed)
+        started = time.perf_counter()
+        answer = self._client.generate(
+            prompts,
+            n=1,
+            max_tokens=work.new_tokens,
+            temperature=1.0,
+            logprobs=0,
+            generation_kwargs={"ignore_eos": True},
+        )
+        seconds = time.perf_counter() - started
+        assert sum(len(ids) for ids in answer["completion_ids"]) == work.tokens
+        return seconds
+
+
+@contextlib.contextmanager
+def process(log: Path, *command: str, **options: Any) -> Iterator[subprocess.Popen[Any]]:
+    """A child in a process group of its own, none of which is left afterwards."""
+    with log.open("w") as out:
+        child = subprocess.Popen(
+            command,
+            stderr=out,
+            env=os.environ | ENVIRONMENT,
+            start_new_session=True,
+            **({"stdout": out} | options),
+        )
+        try:
+            yield child
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+
+
+@contextlib.contextmanager
+def tandem(model: Path, folder: Path) -> Iterator[Tandem]:
+    """The service for `model`."""
+    address = f"unix://{folder}/inference.sock"
+    flags = [f"--engine={name}={json.dumps(value)}" for name, value in ENGINE.items()]
+    command = [sys.executable, "-m", "inference_service", f"--model={model}", f"--addresses={address}", *flags]
+    with process(folder / "tandem.log", *command):
+        yield Tandem(address)
+
+
+@contextlib.contextmanager
+def in_process(model: Path, folder: Path, loader: str) -> Iterator[InProcess]:
+    """AsyncLLM for `model` with a loader of `benchmarks.inprocess`."""
+    pipes: dict[str, IO[str] | int | bool] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-m", "benchmarks.inprocess", str(model), loader]
+    with process(folder / f"{loader}.log", *command, **pipes) as child:
+        yield InProcess(f"AsyncLLM in process, {loader} weights", child)
+
+
+@contextlib.contextmanager
+def http(model: Path, folder: Path) -> Iterator[Http]:
+    """`vllm serve` for `model`."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    flags = []
+    for name, value in ENGINE.items():
+        flag = f"--{name.replace('_', '-')}"
+        flags += [flag] if value is True else [flag, str(value)]
+    more = ["--logprobs-mode", "processed_logprobs", "--host", "127.0.0.1", "--port", str(port)]
+    with process(folder / "serve.log", str(Path(sys.executable).parent / "vllm"), "serve", str(model), *flags, *more):
+        yield Http(port)

