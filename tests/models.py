@@ -45,10 +45,16 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def make(path: Path, architecture: str = "llama", seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Path:
+def make(
+    path: Path,
+    architecture: str = "llama",
+    seed: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    **config_fields: object,
+) -> Path:
     """A checkpoint of `architecture` at `path`, with weights large enough that greedy choices are clear."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(architecture, **SMALL, **ARCHITECTURES[architecture])
+    config = AutoConfig.for_model(architecture, **SMALL | ARCHITECTURES[architecture] | config_fields)
     model = AutoModelForCausalLM.from_config(config).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():

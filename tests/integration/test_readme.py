@@ -1,0 +1,48 @@
+"""What the README shows is what runs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from tandem.weights.v1 import weights_pb2
+from tests.services import ENVIRONMENT, Service
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_ten_lines_work(llama: Service, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert block is not None
+    assert block[1] == (ROOT / "examples/quickstart.py").read_text()
+    script = block[1]
+    for old, new in {
+        "out/models/SmolLM2-135M-Instruct": str(checkpoints["llama"]),
+        "unix:///tmp/tandem/inference.sock": llama.address,
+    }.items():
+        assert old in script
+        script = script.replace(old, new)
+
+    before = llama.weights.GetWeightVersion(weights_pb2.GetWeightVersionRequest(), timeout=10).weight_version
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=ENVIRONMENT | {"PATH": "/usr/bin:/bin"}, timeout=180, check=False,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    after = llama.weights.GetWeightVersion(weights_pb2.GetWeightVersionRequest(), timeout=10)
+    # The first update writes the policy; each of the three steps is one more.
+    assert after.weight_version == before + 4
+    assert after.state == weights_pb2.WEIGHT_STATE_COMMITTED
+    llama.weights.RestoreCheckpoint(weights_pb2.RestoreCheckpointRequest(), timeout=30)
+
+
+def test_the_file_tree_names_what_is_there() -> None:
+    tree = re.findall(r"^    ([a-z_]+/|Makefile|setup\.py) +\S", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(tree) >= 10
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    here = {f"{path.partition('/')[0]}/" if "/" in path else path for path in tracked}
+    assert set(tree) <= here
+    unexplained = {name for name in here if name.endswith("/") and not name.startswith(".")} - set(tree)
+    assert not unexplained, f"the README does not say what these are for: {sorted(unexplained)}"
