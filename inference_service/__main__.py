@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import sys
+from typing import Any
 
 import pydantic
 import structlog
@@ -24,7 +25,8 @@ def main(argv: list[str] | None = None) -> int:
         settings = InferenceSettings.load(sys.argv[1:] if argv is None else argv)
     except pydantic.ValidationError as error:
         violations = [
-            Violation(".".join(map(str, e["loc"])) or "settings", e["msg"]) for e in error.errors(include_url=False)
+            Violation(".".join(map(str, e["loc"])) or "settings", e["msg"])
+            for e in error.errors(include_url=False)
         ]
         first = violations[0]
         raise InvalidArgument(
@@ -39,14 +41,22 @@ def main(argv: list[str] | None = None) -> int:
 
 def set_up_logging(*, json: bool) -> None:
     """One line an event, on standard error, for people or machines."""
-    renderer = structlog.processors.JSONRenderer() if json else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    # Plain tracebacks in both: the default shows local variables, and those hold prompts.
+    renderers: list[Any] = (
+        [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+        if json
+        else [
+            structlog.dev.ConsoleRenderer(
+                colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+            )
+        ]
+    )
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso"),
-            structlog.processors.format_exc_info,
-            renderer,
+            *renderers,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),

@@ -54,15 +54,20 @@ class Gate(grpc.aio.ServerInterceptor):
             token: what callers must send as `authorization: Bearer <token>`, but for health checks. None asks
                 for nothing.
             long_lived: full names, `package.Service/Method`, of streams without an end of their own, which
-                `end_streams` ends with status OK.
+                `drain` ends with status OK.
         """
         self._expected = None if token is None else f"Bearer {token}".encode()
         self._long_lived = frozenset(long_lived)
         self._ending = asyncio.Event()
+        self._running = _Running()
 
-    def end_streams(self) -> None:
-        """End the long-lived streams, now and to come: they would hold the server's stop for its grace."""
+    def drain(self) -> None:
+        """Refuse new RPCs but health checks, and end the long-lived streams, which would never end."""
         self._ending.set()
+
+    async def idle(self) -> None:
+        """Wait until no RPC is in a handler."""
+        await self._running.none.wait()
 
     async def intercept_service(
         self,
@@ -75,21 +80,33 @@ class Gate(grpc.aio.ServerInterceptor):
         labels = _UNKNOWN if handler is None else (service, method)
         if not self._admits(service, handler_call_details.invocation_metadata):
             refusal = Unauthenticated(Reason.TOKEN_INVALID, "the bearer token is missing or wrong")
-            return grpc.stream_stream_rpc_method_handler(_Call(full_name, labels, _raising(refusal)).stream)
+            return self._refuse(full_name, labels, refusal)
         if handler is None:
             unknown = Unimplemented(Reason.METHOD_UNKNOWN, f"there is no method {full_name} here")
-            return grpc.stream_stream_rpc_method_handler(_Call(full_name, labels, _raising(unknown)).stream)
+            return self._refuse(full_name, labels, unknown)
+        if self._ending.is_set() and service != _EXEMPT:
+            return self._refuse(
+                full_name, labels, Unavailable(Reason.DRAINING, "the service is shutting down")
+            )
         behavior: Handler = (
             handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         )
         ending = self._ending if full_name in self._long_lived else None
-        call = _Call(full_name, labels, behavior, ending, streams_in=handler.request_streaming)
+        call = _Call(full_name, labels, self._running, behavior, ending, streams_in=handler.request_streaming)
         make = (
             (grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler),
             (grpc.stream_unary_rpc_method_handler, grpc.stream_stream_rpc_method_handler),
         )[handler.request_streaming][handler.response_streaming]
         run: Handler = call.stream if handler.response_streaming else call.unary
         return make(run, _tolerant(handler.request_deserializer), handler.response_serializer)
+
+    def _refuse(self, full_name: str, labels: tuple[str, str], error: TandemError) -> Any:
+        """A handler that raises `error`, whatever kind of RPC the caller takes it for."""
+
+        async def refuse(request: Any, context: Any) -> None:
+            raise error
+
+        return grpc.stream_stream_rpc_method_handler(_Call(full_name, labels, self._running, refuse).stream)
 
     def _admits(self, service: str, metadata: Any) -> bool:
         if self._expected is None or service == _EXEMPT:
@@ -99,6 +116,24 @@ class Gate(grpc.aio.ServerInterceptor):
         return len(raw) == 1 and hmac.compare_digest(raw[0], self._expected)
 
 
+class _Running:
+    """Counts the RPCs that are in a handler."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self.none = asyncio.Event()
+        self.none.set()
+
+    def __enter__(self) -> None:
+        self._count += 1
+        self.none.clear()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._count -= 1
+        if self._count == 0:
+            self.none.set()
+
+
 class _Call:
     """One RPC on its way through a handler."""
 
@@ -106,19 +141,22 @@ class _Call:
         self,
         name: str,
         labels: tuple[str, str],
+        running: _Running,
         behavior: Handler,
         ending: asyncio.Event | None = None,
         streams_in: bool = False,
     ) -> None:
         self._name = name
         self._labels = labels
+        self._running = running
         self._behavior = behavior
         self._ending = ending
         self._streams_in = streams_in
 
     async def unary(self, request: Any, context: Any) -> Any:
         """Handle an RPC with one response."""
-        return await self._guard(context, self._respond(request, context))
+        with self._running:
+            return await self._guard(context, self._respond(request, context))
 
     async def stream(self, request: Any, context: Any) -> None:
         """Handle an RPC with a stream of responses.
@@ -127,7 +165,8 @@ class _Call:
         to close when the RPC is cancelled.
         """
         responses = self._respond_many(request, context)
-        await self._guard(context, responses if self._ending is None else _until(self._ending, responses))
+        with self._running:
+            await self._guard(context, responses if self._ending is None else _until(self._ending, responses))
 
     async def _respond(self, request: Any, context: Any) -> Any:
         return await self._behavior(self._checked(request), context)
@@ -222,13 +261,6 @@ async def _until(ending: asyncio.Event, work: Awaitable[None]) -> None:
             await asyncio.wait({doing})
         if not doing.cancelled() and (error := doing.exception()) is not None and ending.is_set():
             _log.warning("a stream failed while it was ended", exc_info=error)
-
-
-def _raising(error: TandemError) -> Handler:
-    async def raise_it(request: Any, context: Any) -> None:
-        raise error
-
-    return raise_it
 
 
 def _tolerant(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:

@@ -43,7 +43,7 @@ HTTP_PROXY: Final = "grpc.enable_http_proxy"
 INITIAL_BACKOFF: Final = "grpc.initial_reconnect_backoff_ms"
 MIN_BACKOFF: Final = "grpc.min_reconnect_backoff_ms"
 MAX_BACKOFF: Final = "grpc.max_reconnect_backoff_ms"
-"""gRPC's default grows to 2 minutes, in which a restarted service would seem dead."""
+"""gRPC's defaults, 1 second growing to 2 minutes, would let a restarted service seem dead."""
 
 SERVICE_CONFIG: Final = "grpc.service_config"
 
@@ -120,6 +120,6 @@ def client_options(
         (HTTP_PROXY, 0),
         (INITIAL_BACKOFF, 100),
         (MIN_BACKOFF, 2_000),
-        (MAX_BACKOFF, 5_000),
+        (MAX_BACKOFF, 1_000),
         (SERVICE_CONFIG, service_config()),
     ]

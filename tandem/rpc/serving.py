@@ -27,8 +27,11 @@ from tandem.rpc.notify import Notifier
 
 _log = structlog.get_logger("tandem.rpc")
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# For the watchers of health to be told NOT_SERVING before their streams end.
-_FAREWELL_S = 0.05
+# A client drops what it received and did not read when its connection breaks, so last words need a moment:
+# first that health is NOT_SERVING, then the last responses.
+_FAREWELL_S = 0.1
+# What cancelled handlers get for their clean-up.
+_CLEAN_UP_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,11 +159,9 @@ class Serving:
             await self._server.start()
         except BaseException:
             self._stop_exporter()
-            for (
-                address
-            ) in self._bound:  # gRPC removes the sockets of servers that were started, not of others
-                if address.path is not None:
-                    address.path.unlink(missing_ok=True)
+            # gRPC lets go of what it bound by stopping, and only what was started stops.
+            with contextlib.suppress(grpc.aio.UsageError):
+                await self._server.start()
             await self._server.stop(None)
             raise
         self._tasks.append(asyncio.create_task(self._lag.run()))
@@ -210,8 +211,8 @@ class Serving:
             self._health.shut_down()
             self._notifier.send("STOPPING=1")
             await self._pause(max(self._config.drain_delay_s, _FAREWELL_S))
-            self._gate.end_streams()
-            await self._stop_server(self._server)
+            self._gate.drain()
+            await self._stop_server(self._server, self._gate)
             for callback in self._on_stop:
                 try:
                     await callback()
@@ -270,23 +271,23 @@ class Serving:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._stop_now.wait(), seconds)
 
-    async def _stop_server(self, server: grpc.aio.Server) -> None:
-        stopping = asyncio.ensure_future(server.stop(self._config.grace_s))
-        hurry = asyncio.ensure_future(self._stop_now.wait())
-        try:
-            await asyncio.wait({stopping, hurry}, return_when=asyncio.FIRST_COMPLETED)
-            if not stopping.done():
-                await server.stop(None)
-            await stopping
-        finally:
-            hurry.cancel()
+    async def _stop_server(self, server: grpc.aio.Server, gate: Gate) -> None:
+        # gRPC's own grace would close connections with the last responses still on their way.
+        idle, hurry = asyncio.ensure_future(gate.idle()), asyncio.ensure_future(self._stop_now.wait())
+        await asyncio.wait({idle, hurry}, timeout=self._config.grace_s, return_when=asyncio.FIRST_COMPLETED)
+        idle.cancel()
+        hurry.cancel()
+        await self._pause(_FAREWELL_S)
+        await server.stop(None)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(gate.idle(), _CLEAN_UP_S)
 
     async def _clean_up(self) -> None:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._forget_signals()
-        self._stop_exporter()
+        await asyncio.to_thread(self._stop_exporter)  # it may take half a second
 
     def _stop_exporter(self) -> None:
         if self._exporter is not None:

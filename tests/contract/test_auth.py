@@ -64,7 +64,7 @@ async def test_the_token_travels_over_a_unix_socket(serve: Serve) -> None:
 
 
 async def test_a_client_of_another_language_calls_over_a_plain_channel(serve: Serve) -> None:
-    """Local credentials put nothing on the wire, so `grpcurl -plaintext` and the like work with our sockets."""
+    """Local credentials put nothing on the wire, so `grpcurl -plaintext` and its like work."""
     serving = await serve(token="right", addresses=("127.0.0.1:0",))  # noqa: S106
     async with connect_aio(serving.addresses[0]) as channel:
         call = engine_pb2_grpc.EngineServiceStub(channel).GetStats(

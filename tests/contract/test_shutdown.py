@@ -97,39 +97,44 @@ async def test_running_calls_end_and_new_ones_are_refused(
     serving.on_stop(after)
     async with connect_aio(serving.addresses[0]) as channel:
         stub = engine_pb2_grpc.EngineServiceStub(channel)
-        running = asyncio.ensure_future(stub.Pause(engine_pb2.PauseRequest()).wait_for_connection())
         call = stub.Pause(engine_pb2.PauseRequest())
         await asyncio.sleep(0.2)
         stopping = asyncio.ensure_future(stop(serving))
         await asyncio.sleep(0.3)
         late = translate(await failure(stub.Pause(engine_pb2.PauseRequest(), timeout=3)))
-        assert late.code == grpc.StatusCode.UNAVAILABLE
-        assert not (folder / "socket").exists()
+        assert (late.code, late.reason) == (grpc.StatusCode.UNAVAILABLE, Reason.DRAINING)
+        health = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        assert health.status == NOT_SERVING
         assert order == []
         release.set()
         assert await call == engine_pb2.PauseResponse()
         await stopping
-        running.cancel()
     assert order == ["failed", "stopped"]
+    assert not (folder / "socket").exists()
 
 
 async def test_a_call_that_outlives_the_grace_is_cancelled(serve: Serve, engine: ScriptedEngine) -> None:
-    cleaned: list[float] = []
+    cleaned: list[str] = []
 
     async def pause(request: Any, context: Any) -> None:
         try:
             await asyncio.sleep(60)
         finally:
-            cleaned.append(time.monotonic())
+            await asyncio.sleep(0.3)
+            cleaned.append("handler")
+
+    async def after() -> None:
+        cleaned.append("callback")
 
     engine.pause = pause
     serving = await serve(grace_s=0.3)
+    serving.on_stop(after)
     async with connect_aio(serving.addresses[0]) as channel:
         call = engine_pb2_grpc.EngineServiceStub(channel).Pause(engine_pb2.PauseRequest())
         await asyncio.sleep(0.2)
         assert 0.3 < await stop(serving) < 3
         error = translate(await failure(call))
-    assert cleaned
+    assert cleaned == ["handler", "callback"]
     assert error.reason in (Reason.UNREACHABLE, Reason.CANCELLED)
 
 
@@ -145,7 +150,7 @@ async def test_the_drain_delay_keeps_answering(serve: Serve) -> None:
         stats = await engine_pb2_grpc.EngineServiceStub(channel).GetStats(engine_pb2.GetStatsRequest())
         assert stats.reason == "it works"
         serving.set_serving(ENGINE, True)  # too late: the drain has the last word
-        assert (await stub.Check(health_pb2.HealthCheckRequest())).status == NOT_SERVING
+        assert (await stub.Check(health_pb2.HealthCheckRequest(service=ENGINE))).status == NOT_SERVING
         assert await stopping > 0.5
 
 
