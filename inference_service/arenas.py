@@ -94,7 +94,10 @@ def _merge(answers: list[dict[str, Any]], received: dict[int, list[int]]) -> Eng
             before = blocks.setdefault(name, Placement(spec, ()))
             blocks[name] = replace(before, blocks=before.blocks + found)
     merged.placements = [blocks[name] for name in sorted(blocks)]
-    check(merged.placements, [arena.size for arena in merged.arenas])
-    if not merged.placements:
-        merged.reason = "the engine's weights are not in shareable memory (a GPU, or a quantized model)"
+    if reason := next((answer["reason"] for answer in answers if answer["reason"]), ""):
+        return EngineArenas(reason=reason)
+    try:
+        check(merged.placements, [arena.size for arena in merged.arenas])
+    except ValueError as error:  # it serves, and cannot be updated
+        return EngineArenas(reason=f"the ranks don't hold the whole model: {error}")
     return merged

@@ -21,9 +21,11 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from tandem.errors import invalid
+
 
 def default_address() -> str:
-    """A Unix socket in a folder that nobody else can enter: the service manager's, the user's, or one in /tmp.
+    """A Unix socket in a folder that nobody else can enter: the service manager's, the user's, or in /tmp.
 
     Raises:
         ValueError: the folder in /tmp is somebody else's.
@@ -33,7 +35,11 @@ def default_address() -> str:
     private = Path(tempfile.gettempdir(), f"tandem-{os.geteuid()}")
     private.mkdir(mode=0o700, exist_ok=True)
     found = private.lstat()
-    if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) != 0o700 or not stat.S_ISDIR(found.st_mode):
+    if (
+        found.st_uid != os.geteuid()
+        or stat.S_IMODE(found.st_mode) != 0o700
+        or not stat.S_ISDIR(found.st_mode)
+    ):
         raise ValueError(f"{private} is not a folder of this user's alone: name an address")
     return f"unix://{private}/inference.sock"
 
@@ -46,7 +52,10 @@ class InferenceSettings(BaseSettings):
     """What to serve, where, and to whom."""
 
     model_config = SettingsConfigDict(
-        env_prefix="TANDEM_", env_nested_delimiter="__", extra="forbid", nested_model_default_partial_update=True
+        env_prefix="TANDEM_",
+        env_nested_delimiter="__",
+        extra="forbid",
+        nested_model_default_partial_update=True,
     )
 
     model: str = Field(description="The checkpoint to start from: a folder, or a name that vLLM can resolve.")
@@ -57,19 +66,28 @@ class InferenceSettings(BaseSettings):
     token_file: Path | None = Field(None, description="File with the token that callers must send.")
     tls_certificate: Path | None = Field(None, description="PEM file of the server's certificate chain.")
     tls_key: Path | None = Field(None, description="PEM file of the server's private key.")
-    tls_client_ca: Path | None = Field(None, description="PEM file of the CA that callers' certificates need.")
+    tls_client_ca: Path | None = Field(
+        None, description="PEM file of the CA that callers' certificates need."
+    )
     insecure: bool = Field(False, description="Whether other hosts may call without TLS.")
     max_message_bytes: int = Field(
-        16 << 20, ge=1 << 16, le=1 << 30, description="Limit of one message, both ways. Clients need the same."
+        16 << 20,
+        ge=1 << 16,
+        le=1 << 30,
+        description="Limit of one message, both ways. Clients need the same.",
     )
     max_chunk_bytes: int = Field(
-        1 << 20, ge=1 << 12, le=1 << 26, description="Largest chunk of a streamed update's bytes."
+        default_factory=lambda given: min(1 << 20, given.get("max_message_bytes", 1 << 21) // 2),
+        ge=1 << 12,
+        le=1 << 26,
+        description="Largest chunk of a streamed update's bytes. 1 MiB, or half a message if that is less.",
     )
     lease_timeout_s: float = Field(
         2.0, ge=0.2, le=60, description="A trainer silent for this long in an open update has lost it."
     )
     trainer_uids: list[int] = Field(
-        default_factory=list, description="Users, beside this one, whose trainers may share the weights' memory."
+        default_factory=list,
+        description="Users, beside this one, whose trainers may share the weights' memory.",
     )
     grace_s: float = Field(10.0, ge=0, description="What running calls get to end in when the service stops.")
     drain_delay_s: float = Field(0.0, ge=0, description="How long to say NOT_SERVING before refusing calls.")
@@ -77,7 +95,7 @@ class InferenceSettings(BaseSettings):
     log_json: bool = Field(False, description="Whether log lines are JSON.")
     engine: dict[str, Any] = Field(
         default_factory=dict,
-        description="vLLM engine arguments, under vLLM's names: --engine max_model_len=4096, [engine] in the file.",
+        description="vLLM's engine arguments, by its names: --engine max_model_len=4096, [engine] in the file.",
     )
 
     @field_validator("engine", mode="after")
@@ -101,28 +119,24 @@ class InferenceSettings(BaseSettings):
         return self
 
     @classmethod
-    def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **sources: Any
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, sources["env_settings"]
-
-    @classmethod
     def load(cls, argv: list[str]) -> InferenceSettings:
         """Settings from the command line `argv`, the environment, and the file that `--config` names.
 
         Raises:
-            pydantic.ValidationError: a setting is wrong or unknown. SystemExit: --help, or a malformed flag.
+            pydantic.ValidationError: a setting is wrong or unknown.
+            InvalidArgument: the file cannot be read.
+            SystemExit: --help, or a malformed flag.
         """
         config, argv = _config_flag(argv)
 
-        class Flags(cls):  # type: ignore[misc, valid-type]
+        class Sources(cls):  # type: ignore[misc, valid-type]
             __doc__ = cls.__doc__
 
             @classmethod
             def settings_customise_sources(
-                cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **sources: Any
+                cls, settings_cls: type[BaseSettings], env_settings: PydanticBaseSettingsSource, **_: Any
             ) -> tuple[PydanticBaseSettingsSource, ...]:
-                cli: CliSettingsSource[Any] = CliSettingsSource(
+                flags: CliSettingsSource[Any] = CliSettingsSource(
                     settings_cls,
                     cli_prog_name="tandem inference",
                     cli_parse_args=argv,
@@ -130,10 +144,19 @@ class InferenceSettings(BaseSettings):
                     cli_implicit_flags=True,
                     cli_hide_none_type=True,
                 )
-                file = [TomlConfigSettingsSource(settings_cls, config)] if config else []
-                return cli, sources["env_settings"], *file
+                return flags, env_settings, *_file(settings_cls, config)
 
-        return cls.model_validate(Flags().model_dump())
+        settings: InferenceSettings = Sources()
+        return settings
+
+
+def _file(settings_cls: type[BaseSettings], config: Path | None) -> list[PydanticBaseSettingsSource]:
+    if config is None:
+        return []
+    try:
+        return [TomlConfigSettingsSource(settings_cls, config)]
+    except (OSError, ValueError) as error:  # TOML's and UTF-8's errors are ValueErrors
+        raise invalid("config", f"cannot read {config}: {error}") from error
 
 
 def _config_flag(argv: list[str]) -> tuple[Path | None, list[str]]:
@@ -143,13 +166,13 @@ def _config_flag(argv: list[str]) -> tuple[Path | None, list[str]]:
         if argument == "--config":
             config = next(arguments, None)
             if config is None:
-                raise SystemExit("--config: a TOML file is required")
+                raise invalid("config", "the flag needs a TOML file")
         elif argument.startswith("--config="):
             config = argument.partition("=")[2]
         else:
             rest.append(argument)
     if config is not None and not Path(config).is_file():
-        raise SystemExit(f"--config: no file {config!r}")
+        raise invalid("config", f"no file {config!r}")
     return (Path(config) if config else None), rest
 
 

@@ -7,48 +7,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import time
-import uuid
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, Literal
 
-import structlog
-
-from inference_service.stats import EngineStats
-from tandem.errors import Aborted, FailedPrecondition, NotFound, Reason, Unavailable, invalid
-
-# vLLM's default is fork, which gRPC's threads don't survive. Read when vLLM is first imported.
-os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
-
-log = structlog.get_logger(__name__)
+from inference_service.launch import Launched, launch
+from inference_service.loras import Loras
+from inference_service.refusals import one_line
+from tandem.errors import Aborted, FailedPrecondition, Reason, Unavailable, invalid
 
 PauseMode = Literal["keep", "wait", "abort"]
 
-# By name, since these modules belong into the worker processes alone.
-_EXTENSION = "inference_service.worker.TandemWorker"
-_LOAD_FORMAT = "tandem"
-
-#: Arguments that Tandem must have its way with.
-OWN_ARGUMENTS = ("model", "load_format", "worker_extension_cls", "enable_log_requests")
-#: Arguments that Tandem has another default for. Logprobs are those of the distribution that was sampled from.
-DEFAULTS: dict[str, Any] = {"logprobs_mode": "processed_logprobs"}
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """What an engine serves."""
-
-    model: str
-    engine_id: str
-    max_model_len: int
-    vocab_size: int
-    dtype: str
-    logprobs_mode: str
-    max_logprobs: int
-    vllm_version: str
+#: What a tokenizer's apply_chat_template takes for itself, beside what Tandem sets.
+_RENDER_OPTIONS = frozenset(
+    {"conversation", "tools", "chat_template", "add_generation_prompt", "tokenize", "padding", "truncation"}
+    | {
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "return_assistant_tokens_mask",
+        "tokenizer_kwargs",
+        "messages",
+    }
+)
 
 
 class Engine:
@@ -57,80 +38,34 @@ class Engine:
     Raised by any method: Unavailable(ENGINE_DEAD) once a process of the engine has died, which is for good.
     """
 
-    def __init__(self, llm: Any, info: ModelInfo, stats: EngineStats) -> None:
-        self.llm = llm
-        self.info = info
-        self.stats = stats
-        self.loras: dict[str, Any] = {}
+    def __init__(self, launched: Launched) -> None:
+        self.llm = launched.llm
+        self.info = launched.info
+        self.stats = launched.stats
+        self.loras = Loras(launched.llm)
         self.asleep = False
+        self._stopped = False
         self._pausers: set[str] = set()
         self._control = asyncio.Lock()  # one control call at a time: vLLM's are not safe against each other
         self._tokenizing = ThreadPoolExecutor(1, "tokenizer")  # fast tokenizers aren't safe in two threads
 
     @classmethod
     async def start(cls, model: str, arguments: dict[str, Any]) -> Engine:
-        """Load `model` with vLLM's engine `arguments`.
-
-        Raises:
-            InvalidArgument: vLLM refuses an argument, or there is no such model. Says which and why.
-        """
-        return await asyncio.get_running_loop().run_in_executor(None, cls._start, model, arguments)
-
-    @classmethod
-    def _start(cls, model: str, arguments: dict[str, Any]) -> Engine:
-        for name in OWN_ARGUMENTS:
-            if name in arguments:
-                raise invalid(f"engine.{name}", "the service sets this argument itself")
-        if model.startswith(("/", ".", "~")) and not os.path.isdir(os.path.expanduser(model)):
-            raise invalid("model", f"no folder {model!r}")
-        import vllm
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.platforms import current_platform
-        from vllm.v1.engine.async_llm import AsyncLLM
-
-        single = (
-            arguments.get("tensor_parallel_size", 1) == 1 and arguments.get("pipeline_parallel_size", 1) == 1
-        )
-        if current_platform.is_cpu() and single:
-            # The worker then lives in the engine's process, as it does on a GPU: one process and five seconds fewer.
-            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        try:
-            engine_args = AsyncEngineArgs(
-                model=os.path.expanduser(model),
-                load_format=_LOAD_FORMAT,
-                worker_extension_cls=_EXTENSION,
-                **(DEFAULTS | arguments),
-            )
-            config = engine_args.create_engine_config()
-        except Exception as error:
-            if (refused := refusal(error)) is None:
-                raise
-            raise invalid("engine", refused) from error
-        stats = EngineStats()
-        llm = AsyncLLM.from_vllm_config(config, stat_loggers=[stats.logger], disable_log_stats=False)
-        model_config = llm.vllm_config.model_config
-        info = ModelInfo(
-            model=model,
-            engine_id=uuid.uuid4().hex,
-            max_model_len=model_config.max_model_len,
-            vocab_size=model_config.get_vocab_size(),
-            dtype=str(model_config.dtype).removeprefix("torch."),
-            logprobs_mode=str(model_config.logprobs_mode),
-            max_logprobs=model_config.max_logprobs,
-            vllm_version=vllm.__version__,
-        )
-        return cls(llm, info, stats)
+        """Load `model` with vLLM's engine `arguments`. Raises as `launch` does."""
+        return cls(await launch(model, arguments))
 
     def stop(self) -> None:
         """End the engine's processes. Blocks for a few seconds."""
+        self._stopped = True
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
+        self.loras.close()
         self.llm.shutdown()
-        del self.llm  # while Python still works: vLLM's __del__ fails at the interpreter's end
+        self.llm = None  # now, while Python still works: vLLM's __del__ fails at the interpreter's end
 
     @property
     def dead(self) -> bool:
         """Whether a process of the engine has died."""
-        return bool(self.llm.errored)
+        return self._stopped or bool(self.llm.errored)
 
     @property
     def paused(self) -> bool:
@@ -158,14 +93,20 @@ class Engine:
         """
         async with self._calling():
             if self._pausers - {who} and mode != "keep":
-                raise Aborted(Reason.LEASE_HELD, f"generation is stopped by {min(self._pausers)}: use KEEP, or later")
+                raise Aborted(
+                    Reason.LEASE_HELD, f"generation is stopped by {min(self._pausers)}: use KEEP, or later"
+                )
+            held = who in self._pausers
             self._pausers.add(who)
             try:
                 # Not AsyncLLM.pause_generation: it sleeps for 20 ms to let outputs arrive, where `drain` waits for them.
                 await self.llm.engine_core.pause_scheduler_async(mode=mode, clear_cache=clear_cache)
                 await self._drain()
-            except BaseException:
-                await self._release(who)
+            except BaseException:  # a caller that left, most of all: generation is as it was before
+                if not held:
+                    await self._release(who)
+                elif not self.dead:
+                    await self.llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
                 raise
 
     async def resume(self, who: str) -> None:
@@ -226,55 +167,56 @@ class Engine:
                 self.asleep = False
 
     async def load_lora(self, name: str, path: str) -> None:
-        """Load the adapter in the folder `path`. Loading the same one again changes nothing."""
-        from vllm.lora.request import LoRARequest
-
-        if self.llm.vllm_config.lora_config is None:
-            raise FailedPrecondition(Reason.LORA_OFF, "start the engine with enable_lora to use adapters")
-        if not os.path.isfile(os.path.join(path, "adapter_config.json")):
-            raise invalid("path", f"no adapter_config.json in {path!r}")
-        request = LoRARequest(name, len(self.loras) + int(time.time() * 1000) % 2**30, path)
+        """Load the adapter in the folder `path`, in place of any of that name. Raises as `Loras.load` does."""
         async with self._calling():
-            try:
-                await self.llm.add_lora(request)
-            except Exception as error:  # utility calls lose the type on their way
-                if self.dead:
-                    raise
-                raise invalid("path", _one_line(error)) from error
-            old, self.loras[name] = self.loras.get(name), request
-            if old is not None:
-                await self.llm.remove_lora(old.lora_int_id)
+            await self.loras.load(name, path)
 
     async def unload_lora(self, name: str) -> None:
-        """Forget an adapter."""
+        """Forget an adapter. Raises as `Loras.get` does."""
         async with self._calling():
-            await self.llm.remove_lora(self.lora(name).lora_int_id)
-            del self.loras[name]
-
-    def lora(self, name: str) -> Any:
-        """vLLM's request for a loaded adapter."""
-        if name not in self.loras:
-            raise NotFound(Reason.LORA_NOT_FOUND, f"no adapter {name!r} is loaded", metadata={"lora": name})
-        return self.loras[name]
+            await self.loras.unload(name)
 
     async def encode(self, text: str) -> list[int]:
         """Token ids of a text, with the tokenizer's special tokens."""
         return await self._in_tokenizer(lambda t: t(text)["input_ids"])
 
-    async def render(self, messages: list[dict[str, Any]], **options: Any) -> list[int]:
-        """Token ids of a chat. `options` are those of the tokenizer's apply_chat_template.
+    async def render(
+        self,
+        messages: list[dict[str, Any]],
+        variables: dict[str, Any],
+        *,
+        template: str | None = None,
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """Token ids of a chat.
+
+        Args:
+            variables: further ones of the template.
+            template: a Jinja template in place of the tokenizer's.
+            tools: JSON schemas.
+            add_generation_prompt: whether the assistant's turn is opened at the end.
 
         Raises:
-            InvalidArgument: the template refuses the chat, or there is none.
+            InvalidArgument: the template refuses the chat, or there is none. Names "template" where the caller's
+                fails, "template_kwargs" where a variable is none, else "".
         """
+        if taken := sorted(variables.keys() & _RENDER_OPTIONS):
+            raise invalid("template_kwargs", f"{taken[0]!r} is no variable of a template")
 
         def render(tokenizer: Any) -> Any:
             try:
-                return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)[
-                    "input_ids"
-                ]
-            except Exception as error:  # templates are programs: they raise what they like
-                raise invalid("chat", _one_line(error)) from error
+                return tokenizer.apply_chat_template(
+                    messages,
+                    tokenize=True,
+                    return_dict=True,
+                    chat_template=template,
+                    tools=tools or None,
+                    add_generation_prompt=add_generation_prompt,
+                    **variables,
+                )["input_ids"]
+            except Exception as error:  # noqa: BLE001  # templates are programs: they raise what they like
+                raise invalid("template" if template is not None else "", one_line(error)) from error
 
         return await self._in_tokenizer(render)
 
@@ -283,20 +225,3 @@ class Engine:
         if tokenizer is None:
             raise invalid("prompts", "the engine was started without a tokenizer: send token ids")
         return list(await asyncio.get_running_loop().run_in_executor(self._tokenizing, call, tokenizer))
-
-
-def refusal(error: BaseException) -> str | None:
-    """What vLLM says against its input, or None where the error is not the input's.
-
-    0.26 raises ValueErrors; 0.31 a tree of its own, wrapped or not.
-    """
-    if type(error).__name__ == "EngineGenerateError" and error.__cause__:
-        error = error.__cause__
-    ours = any(kind.__name__ == "VLLMClientError" for kind in type(error).__mro__)
-    if ours or isinstance(error, (ValueError, TypeError, OSError, AssertionError)):
-        return _one_line(error)
-    return None
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:2000]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
 
 from inference_service.policy import Policy, WeightState
@@ -26,26 +27,32 @@ class Host:
 
     def __init__(self) -> None:
         self._loaded: tuple[Policy, Sessions] | None = None
-        self.draining = False
+        #: Whether the service is about to stop. What comes until it refuses calls is still served.
+        self.draining: Callable[[], bool] = lambda: False
+        #: To be called when `state` may have changed.
+        self.changed: Callable[[], None] = lambda: None
 
     def load(self, policy: Policy, sessions: Sessions) -> None:
         """The engine is ready."""
         self._loaded = policy, sessions
 
     @property
+    def loaded(self) -> Policy | None:
+        """The policy, in whatever state, once there is one."""
+        return self._loaded[0] if self._loaded is not None else None
+
+    @property
     def policy(self) -> Policy:
         """The policy.
 
         Raises:
-            Unavailable: ENGINE_LOADING, ENGINE_DEAD, DRAINING.
+            Unavailable: ENGINE_LOADING, ENGINE_DEAD.
         """
         if self._loaded is None:
             raise Unavailable(Reason.ENGINE_LOADING, "the model is being loaded", retry_after=1.0)
         policy = self._loaded[0]
         if policy.engine.dead:
             raise Unavailable(Reason.ENGINE_DEAD, "the engine died; start the service again")
-        if self.draining:
-            raise Unavailable(Reason.DRAINING, "the service is shutting down")
         return policy
 
     @property
@@ -70,11 +77,11 @@ class Host:
 
     def state(self) -> tuple[ServingState, str]:
         """Whether tokens can be had, and why not where they cannot."""
+        if self.draining():
+            return ServingState.DRAINING, "the service is shutting down"
         try:
             policy = self.generating()
         except Unavailable as error:
-            if error.reason is Reason.DRAINING:
-                return ServingState.DRAINING, error.message
             return ServingState(str(error.reason).removeprefix("ENGINE_")), error.message
         if policy.engine.paused or policy.state is WeightState.WRITING:
             return ServingState.PAUSED, ""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Generator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -20,8 +20,10 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from inference_service.recorder import Copy, Recorder
+from inference_service.placer import Placer
+from inference_service.recorder import Recorder
 from weight_transfer.arena import Arena, align
+from weight_transfer.digest import digest_regions
 from weight_transfer.manifest import TensorSpec
 from weight_transfer.placement import Block, Placement
 from weight_transfer.scatter import scatter
@@ -33,22 +35,25 @@ LOAD_FORMAT = "tandem"
 class HeldWeights:
     """What a worker holds of the policy.
 
-    arenas: the parameters' memory, and, where some tensor's way into the parameters could not be recorded, a second
-        arena with those tensors as the checkpoint has them: vLLM's own loading takes them from there at a commit.
+    arenas: the parameters' memory, and, where some tensor's way into the parameters could not be recorded, a
+        second one with those tensors as the checkpoint has them, from which vLLM's own loading takes them.
     placements: one for each tensor of the checkpoint that this worker reads, by name.
     reloaded: the names of the tensors that lie in the second arena.
+    reason: why all of these are empty, where they are: the engine would not compute with what is written.
     """
 
     arenas: list[Arena] = field(default_factory=list)
     placements: list[Placement] = field(default_factory=list)
     reloaded: list[str] = field(default_factory=list)
+    reason: str = ""
     loader: ArenaLoader | None = None
 
     def reload(self, model: nn.Module) -> None:
         """Have vLLM load the tensors of the second arena into the parameters."""
         where = {p.spec.name: p for p in self.placements}
         with torch.no_grad():
-            model.load_weights((name, where[name].view(self.arenas)) for name in self.reloaded)
+            load: Any = model.load_weights
+            load((name, where[name].view(self.arenas)) for name in self.reloaded)
 
 
 @register_model_loader(LOAD_FORMAT)
@@ -61,39 +66,49 @@ class ArenaLoader(DefaultModelLoader):
         super().__init__(
             dataclasses.replace(load_config, load_format=load_format, model_loader_extra_config=extra)
         )
-        self.recorder: Recorder | None = None
-        self.unrecorded: dict[str, torch.Tensor] = {}
+        self._recorder: Recorder | None = None
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
-        device = torch.device(self.load_config.device or vllm_config.device_config.device)
-        if device.type != "cpu" or model_config.quantization is not None:
-            model = super().load_model(vllm_config, model_config, prefix)
-            model.tandem = HeldWeights()
-            return model
-        with set_default_torch_dtype(model_config.dtype):
+        device = torch.device(self.load_config.device or vllm_config.device_config.device or "cpu")
+        if reason := _why_not(device, model_config):
+            model: Any = super().load_model(vllm_config, model_config, prefix)
+            model.tandem = HeldWeights(reason=reason)
+            return cast(nn.Module, model)
+        with set_default_torch_dtype(cast(torch.dtype, model_config.dtype)):
             with device:
                 model = initialize_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
-            # Before anything is loaded: the parameters' own memory was never touched, so there is never a second copy.
+            # Before anything is loaded: their own memory is never touched, so there is no second copy.
             arena = _rebind(model)
-            self.recorder = Recorder()
-            with self.recorder:
+            self._recorder = Recorder()
+            with self._recorder:
                 self.load_weights(model, model_config)
-            held = _held(arena, self.recorder, self.unrecorded, model)
-            self.recorder, self.unrecorded = None, {}
+            before = _digest(arena)
             _keep_weights_live(model)
             process_weights_after_loading(model, model_config, device)
             _use_live_weights(model)
-        held.loader = self
-        model.tandem = held
-        return model.eval()
+            whole = vllm_config.parallel_config.world_size == 1
+            changed = _digest(arena) != before or not _all_in(arena, model)
+            model.tandem = (
+                HeldWeights(reason="vLLM rewrites this model's weights once they are loaded")
+                if changed
+                else self._held(model, model_config, Placer(arena, model, self._recorder, whole=whole))
+            )
+            self._recorder = None
+        return cast(nn.Module, model.eval())
 
     def restore(self, model: nn.Module, model_config: ModelConfig) -> None:
-        """Write the checkpoint's tensors over the arenas' contents, each where it was seen to go."""
-        held: HeldWeights = model.tandem
+        """Write the checkpoint's tensors over the arenas' contents, each where it was seen to go.
+
+        Raises:
+            RuntimeError: the checkpoint has changed. By then some tensors are written.
+        """
+        held = cast(HeldWeights, model.tandem)
         where = {p.spec.name: p for p in held.placements}
         for name, tensor in super().get_all_weights(model_config, model):
-            if name in where:
-                scatter(where[name].pairs(held.arenas, tensor))
+            if placement := where.pop(name, None):
+                scatter(placement.pairs(held.arenas, tensor))
+        if where:
+            raise RuntimeError(f"the checkpoint has {len(where)} tensors no more, such as {min(where)}")
         if held.reloaded:
             held.reload(model)
 
@@ -101,13 +116,44 @@ class ArenaLoader(DefaultModelLoader):
         self, model_config: ModelConfig, model: nn.Module
     ) -> Generator[tuple[str, torch.Tensor], None, None]:
         tensors = super().get_all_weights(model_config, model)
-        if (recorder := self.recorder) is None:
-            yield from tensors
-            return
-        for name, tensor in recorder.watch(tensors):
-            yield name, tensor
-            if not recorder.kept(name):
-                self.unrecorded[name] = tensor.clone()
+        yield from tensors if self._recorder is None else self._recorder.watch(tensors)
+
+    def _held(self, model: nn.Module, model_config: ModelConfig, placer: Placer) -> HeldWeights:
+        """Read the checkpoint again, and see what of it lies in the arena, bit for bit."""
+        held = HeldWeights(arenas=[placer.arena], loader=self)
+        again: dict[str, torch.Tensor] = {}
+        for name, tensor in super().get_all_weights(model_config, model):
+            if not placer.used(name):
+                continue
+            if (placement := placer.place(name, tensor)) is None:
+                again[name] = tensor.clone()
+            else:
+                held.placements.append(placement)
+        if placer.conflict:
+            return HeldWeights(reason=placer.conflict)
+        if again:
+            held.arenas.append(_reload_arena(again, held))
+        held.placements.sort(key=lambda p: p.spec.name)
+        return held
+
+
+def _why_not(device: torch.device, model_config: ModelConfig) -> str:
+    if device.type != "cpu":
+        return "the engine's weights are in a GPU's memory, which is not shared yet"
+    if model_config.quantization is not None:
+        return "the engine's weights are quantized"
+    if model_config.use_mla:
+        return "the engine computes with products of its weights (MLA), which an update would not renew"
+    return ""
+
+
+def _digest(arena: Arena) -> list[int]:
+    return digest_regions([(arena.address, arena.size)])
+
+
+def _all_in(arena: Arena, model: nn.Module) -> bool:
+    full = (p for p in model.parameters() if p.numel())
+    return all(arena.address <= p.data_ptr() < arena.address + arena.size for p in full)
 
 
 def _rebind(model: nn.Module) -> Arena:
@@ -122,39 +168,6 @@ def _rebind(model: nn.Module) -> Arena:
         # `.data`, not a new Parameter: tied modules share the Parameter object, and the loaders hang on it.
         parameter.data = arena.tensor(offsets[name], parameter.shape, parameter.dtype)
     return arena
-
-
-def _held(
-    arena: Arena, recorder: Recorder, unrecorded: dict[str, torch.Tensor], model: nn.Module
-) -> HeldWeights:
-    dtypes = {
-        p.data_ptr(): (p.data_ptr() + p.nbytes, str(p.dtype).removeprefix("torch."))
-        for p in model.parameters()
-    }
-    held = HeldWeights(arenas=[arena])
-    again = dict(unrecorded)
-    for name in sorted(recorder.copies):
-        copies = recorder.copies[name]
-        if name in again or not copies:  # without copies and not transformed: vLLM has no use for it
-            continue
-        owner = next(
-            (dtype for start, (end, dtype) in dtypes.items() if start <= copies[0].address < end), None
-        )
-        if owner is None:
-            raise RuntimeError(f"{name} was loaded into memory that is no parameter's")
-        spec = TensorSpec(name, owner, recorder.shapes[name])
-        held.placements.append(Placement(spec, tuple(_block(arena, copy) for copy in copies)))
-    if again:
-        held.arenas.append(_reload_arena(again, held))
-    held.placements.sort(key=lambda p: p.spec.name)
-    return held
-
-
-def _block(arena: Arena, copy: Copy) -> Block:
-    offset = copy.address - arena.address
-    if not 0 <= offset < arena.size:
-        raise RuntimeError("a tensor was copied outside the arena")
-    return Block(0, offset, copy.strides, copy.tensor_offset, copy.tensor_strides, copy.shape)
 
 
 def _reload_arena(tensors: dict[str, torch.Tensor], held: HeldWeights) -> Arena:
@@ -175,8 +188,9 @@ def _reload_arena(tensors: dict[str, torch.Tensor], held: HeldWeights) -> Arena:
 
 
 def _keep_weights_live(model: nn.Module) -> None:
-    # On a CPU vLLM packs linear weights into a layout of oneDNN's and drops the originals: what is written afterwards
-    # would never be read. This is vLLM's own flag for leaving one as it is.
+    # On a CPU vLLM packs linear weights into a layout of oneDNN's and drops the originals: what is written
+    # afterwards would never be read. This is vLLM's own flag for leaving one as it is.
+    module: Any
     for module in model.modules():
         if isinstance(getattr(module, "quant_method", None), UnquantizedLinearMethod):
             module._cpu_skip_gemm_dispatch = True
@@ -184,6 +198,7 @@ def _keep_weights_live(model: nn.Module) -> None:
 
 def _use_live_weights(model: nn.Module) -> None:
     methods = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
+    module: Any
     for module in model.modules():
         if isinstance(getattr(module, "quant_method", None), methods):
             module.cpu_linear = torch.nn.functional.linear

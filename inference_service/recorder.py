@@ -1,7 +1,8 @@
 """Watches vLLM's own weight loading, to learn where every tensor of a checkpoint goes.
 
-vLLM splits, fuses and pads tensors as each architecture and each tensor-parallel rank needs. What it copies where, while
-it loads a checkpoint as always, is the placement table, for any architecture: nobody has to write one.
+vLLM splits, fuses and pads tensors as each architecture and each tensor-parallel rank needs. What it copies
+where, while it loads a checkpoint as always, is the placement table, for any architecture: nobody has to
+write one.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.utils._pytree import tree_iter
 
 @dataclass(frozen=True)
 class Copy:
-    """A copy from a checkpoint's tensor into memory: where from, in elements of the tensor; where to, as an address."""
+    """A copy of a part of a checkpoint's tensor: where from, in its elements, and to which address."""
 
     tensor_offset: int
     tensor_strides: tuple[int, ...]
@@ -27,17 +28,24 @@ class Copy:
     address: int
     strides: tuple[int, ...]
 
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
 
-class Recorder(TorchDispatchMode):
+
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records the copies out of the tensors that `watch` hands over. Enter it around `model.load_weights`.
 
     copies: for each tensor's name, the copies made of it, in order.
-    transformed: the names of tensors that something else than a view or a plain copy read, so that the copies don't
-        tell what became of them.
+    transformed: the names of tensors that something else than a view or a plain copy read, so that the copies
+        don't tell what became of them.
+
+    It is a witness, not a judge: what it didn't see (a parameter changed after the copy, memory used twice)
+    shows when the parameters are compared with the checkpoint afterwards.
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.copies: dict[str, list[Copy]] = {}
         self.transformed: set[str] = set()
@@ -50,14 +58,10 @@ class Recorder(TorchDispatchMode):
             self._note(name, tensor)
             yield name, tensor
 
-    def kept(self, name: str) -> bool:
-        """Whether the copies of `name` tell all that loading did with it."""
-        return name not in self.transformed
-
     def _note(self, name: str, tensor: torch.Tensor) -> None:
         start = tensor.data_ptr()
         end = start + max(tensor.nbytes, 1)
-        # Memory of tensors that are gone is used again: the newest owner of an address is the one that counts.
+        # Memory of tensors that are gone is used again: the newest owner of an address counts.
         low = bisect.bisect_right(self._starts, start)
         if low and self._sources[low - 1][1] > start:
             low -= 1
@@ -81,9 +85,10 @@ class Recorder(TorchDispatchMode):
             return result
         storages = {t.untyped_storage().data_ptr() for t in tree_iter(result) if isinstance(t, torch.Tensor)}
         for argument in tree_iter((args, kwargs)):
-            if isinstance(argument, torch.Tensor) and (source := self._source(argument)):
-                if storages != {argument.untyped_storage().data_ptr()}:  # not a view
-                    self.transformed.add(source[2])
+            if not isinstance(argument, torch.Tensor) or not (source := self._source(argument)):
+                continue
+            if storages != {argument.untyped_storage().data_ptr()}:  # not a view
+                self.transformed.add(source[2])
         return result
 
     def _record(self, target: torch.Tensor, tensor: torch.Tensor) -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from inference_service.engine import Engine, refusal
-from tandem.errors import Reason, TandemError, Unavailable, invalid
+from inference_service.engine import Engine
+from inference_service.loras import Adapter
+from inference_service.refusals import named
+from tandem.errors import Reason, TandemError, Unavailable
+
+#: Parameters that vLLM checks when a request is added, by its names and the contract's.
+SAMPLING = ("bad_words", "allowed_token_ids", "logit_bias", "stop_token_ids", "structured_output")
 
 
 @dataclass
@@ -23,7 +28,7 @@ class Request:
     prompt: dict[str, Any]
     params: Any
     index: int = 0
-    lora: Any = None
+    lora: Adapter | None = None
 
 
 @dataclass
@@ -86,7 +91,7 @@ class Rollouts:
             track.error = error
         await self._engine.llm.abort(list(self._running))
 
-    async def run(self, requests: Sequence[Request]) -> AsyncIterator[list[Piece]]:
+    async def run(self, requests: Sequence[Request]) -> AsyncGenerator[list[Piece], None]:
         """Run `requests` at once; yield what is ready, until all have ended.
 
         Stopping the iteration aborts what still runs. A reader that lags holds the requests back, not the memory.
@@ -123,24 +128,22 @@ class Rollouts:
         finally:
             await _end([*tasks, everything])
 
-    async def score(self, requests: Sequence[Request]) -> AsyncIterator[tuple[int, Any, int]]:
+    async def score(self, requests: Sequence[Request]) -> AsyncGenerator[tuple[int, Any, int], None]:
         """Score `requests`; yield (index, vLLM's prompt logprobs, weight version) of each as it is ready.
 
-        A request whose prefill an update cut in two is scored again: no score is of two versions.
+        A request whose prefill an update cut in two, or a pause ended, is scored again: no score is of two versions.
         """
 
         async def one(request: Request) -> tuple[int, Any, int]:
             for attempt in range(8):
-                version = self._version
+                version, logprobs = self._version, None
                 again = replace(request, id=f"{request.id}.{attempt}")
                 async with aclosing(self._one(again)) as pieces:
                     async for piece in pieces:
                         logprobs = piece.output.prompt_logprobs
-                if version == self._version:
+                if logprobs is not None and version == self._version:
                     return request.index, logprobs, version
-            raise Unavailable(
-                Reason.ENGINE_LOADING, "the weights changed eight times while a sequence was scored"
-            )
+            raise Unavailable(Reason.INTERRUPTED, "the scoring of a sequence was cut short eight times")
 
         tasks = [asyncio.ensure_future(one(request)) for request in requests]
         try:
@@ -153,8 +156,11 @@ class Rollouts:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         track = self._running[request.id] = Track(marks=[(0, self._version)])
-        queue, sent, ended = None, 0, False
+        first, sent, ended = True, 0, False
+        using = ExitStack()
         try:
+            if request.lora is not None:
+                using.enter_context(self._engine.loras.using(request.lora))
             queue = await self._add(request)
             track.added = True
             if track.error is not None:  # it failed while it was being added, so that nobody could abort it
@@ -165,27 +171,31 @@ class Rollouts:
                     raise track.error
                 ended = output.finished
                 tokens = len(output.outputs[0].token_ids)
-                yield Piece(request.index, output, track.spans(sent, sent + tokens), first=not sent)
-                sent += tokens
+                yield Piece(request.index, output, track.spans(sent, sent + tokens), first)
+                first, sent = False, sent + tokens
             self._engine.stats.rollouts_finished += 1
         except EngineDeadError as error:
             raise Unavailable(Reason.ENGINE_DEAD, "the engine died; start the service again") from error
         finally:
+            using.close()
             del self._running[request.id]
-            if queue is not None and not ended and not self._engine.dead:
-                await self._engine.llm.abort(queue.request_id, internal=True)
+            if not ended and not self._engine.dead:
+                # By our own id, which is the only one there is if the caller left while it was being added.
+                await self._engine.llm.abort(request.id)
 
     async def _add(self, request: Request) -> Any:
+        lora = request.lora.request if request.lora is not None else None
         try:
             return await self._engine.llm.add_request(
-                request.id, request.prompt, request.params, lora_request=request.lora
+                request.id, request.prompt, request.params, lora_request=lora
             )
         except Exception as error:
-            if (refused := refusal(error)) is None:
-                raise
             # Most of what vLLM checks this late is what the tokenizer is needed for: grammars.
             structured = request.params.structured_outputs is not None
-            raise invalid("sampling.structured_output" if structured else "sampling", refused) from error
+            refused = named(error, "sampling", SAMPLING, otherwise="structured_output" if structured else "")
+            if refused is None:
+                raise
+            raise refused from error
 
 
 async def _end(tasks: Sequence[asyncio.Future[Any]]) -> None:

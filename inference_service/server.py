@@ -38,13 +38,16 @@ async def serve(settings: InferenceSettings) -> None:
     """
     host = Host()
     serving = Serving(_serving_config(settings))
+    host.draining = lambda: serving.draining
     serving.add(
         inference_pb2_grpc.add_InferenceServiceServicer_to_server,
         InferenceServicer(host, settings.max_message_bytes),
         INFERENCE,
     )
     serving.add(
-        engine_pb2_grpc.add_EngineServiceServicer_to_server, EngineServicer(host, lambda: serving.max_lag_s), ENGINE
+        engine_pb2_grpc.add_EngineServiceServicer_to_server,
+        EngineServicer(host, lambda: serving.max_lag_s),
+        ENGINE,
     )
     serving.add(
         weights_pb2_grpc.add_WeightServiceServicer_to_server,
@@ -62,18 +65,14 @@ async def serve(settings: InferenceSettings) -> None:
         await waiting
         for child in multiprocessing.active_children():
             child.kill()
-        raise SystemExit(0)
+        return
     if loading.exception() is not None:
         serving.request_stop(now=True)
-        await waiting
-    watching = await loading
-    try:
-        await waiting
-    finally:
-        watching.cancel()
+    await waiting
+    await loading
 
 
-async def _load(settings: InferenceSettings, host: Host, serving: Serving) -> asyncio.Task[None]:
+async def _load(settings: InferenceSettings, host: Host, serving: Serving) -> None:
     engine = await Engine.start(settings.model, settings.engine)
     arenas = await collect(engine)
     policy = Policy(engine, arenas)
@@ -81,7 +80,7 @@ async def _load(settings: InferenceSettings, host: Host, serving: Serving) -> as
     await sessions.start()
 
     async def stop() -> None:
-        host.draining = True
+        watching.cancel()
         await sessions.stop()
         await asyncio.to_thread(engine.stop)
 
@@ -95,12 +94,15 @@ async def _load(settings: InferenceSettings, host: Host, serving: Serving) -> as
         serving.set_serving(ENGINE, not dead)
         serving.set_serving(WEIGHTS, not dead)
         serving.set_serving("", state is not ServingState.DEAD)
-        serving.status(f"{state.lower()} {engine.info.model}, weight version {policy.version} {reason}".strip())
+        serving.status(
+            f"{state.lower()} {engine.info.model}, weight version {policy.version} {reason}".strip()
+        )
 
     policy.changed.append(tell)
+    host.changed = tell
     tell()
+    watching = asyncio.create_task(_watch(engine, tell))
     log.info("ready", model=engine.info.model, tensors=len(policy.manifest), bytes=policy.manifest.nbytes)
-    return asyncio.create_task(_watch(engine, tell))
 
 
 async def _watch(engine: Engine, tell: Callable[[], None]) -> None:

@@ -1,5 +1,5 @@
-"""Trainers' sessions: the handshake that checks a trainer's tensors and picks the transport, and the socket that passes
-the arenas' descriptors. Knows nothing of gRPC.
+"""Trainers' sessions: the handshake that checks a trainer's tensors and picks the transport, and the socket
+that passes the arenas' descriptors. Knows nothing of gRPC.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import socket
 import tempfile
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import structlog
 
@@ -28,14 +29,15 @@ from weight_transfer.manifest import TensorSpec, mismatches
 log = structlog.get_logger(__name__)
 
 SHARED, STREAM = "shared", "stream"
-TRANSPORTS = (SHARED, STREAM)  # the fastest first
-ATTACH_SECONDS = 10.0
+ATTACH_SECONDS = 4.0  # less than trainers wait for a session that another may have left behind
+TOKEN_SECONDS = 5.0
 MAX_STREAM_SESSIONS = 64
+MAX_SILENT = 64  # connections to the descriptor socket that have not said their token yet
 
 
-@dataclass
+@dataclass(eq=False)
 class Session:
-    """One trainer's. A shared one lives as long as its connection to the descriptor socket."""
+    """A trainer's. A shared one lives as long as its process and the connection to the descriptor socket."""
 
     id: str
     transport: str
@@ -44,12 +46,32 @@ class Session:
     token: bytes = b""
     aliased: bool = False  # every parameter of the trainer may be the engine's memory
     committed: bool = False  # it has committed an update: what can be aliased is
-    connection: socket.socket | None = None
-    ended: list[Callable[[str], None]] = field(default_factory=list)
+    attached: bool = False  # the trainer has fetched the descriptors
+    alive: bool = True
+    _watchers: list[Callable[[str], None]] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def watched(self, tell: Callable[[str], None]) -> Iterator[None]:
+        """Have `tell` called with the reason if the session ends meanwhile."""
+        self._watchers.append(tell)
+        try:
+            yield
+        finally:
+            self._watchers.remove(tell)
+
+    def end(self, reason: str) -> None:
+        """It is over, and nobody writes for it any more."""
+        self.alive = False
+        for tell in list(self._watchers):
+            tell(reason)
 
 
 class Sessions:
-    """Opens sessions and passes descriptors. `start` before, `stop` after."""
+    """Opens sessions and passes descriptors. `start` before, `stop` after.
+
+    Only processes of this user, and of `uids`, get descriptors. A trainer of another user takes them from a
+    service that runs as root only.
+    """
 
     def __init__(self, arenas: EngineArenas, gpu_uuids: tuple[str, ...], uids: Sequence[int] = ()) -> None:
         self._arenas = arenas
@@ -58,6 +80,7 @@ class Sessions:
         self._streams: OrderedDict[str, Session] = OrderedDict()
         self._shared: Session | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._silent: OrderedDict[socket.socket, None] = OrderedDict()
         self._folder = ""
         self._listener: socket.socket | None = None
 
@@ -72,11 +95,15 @@ class Sessions:
         return [arena.size for arena in self._arenas.arenas]
 
     async def start(self) -> None:
-        """Listen on the descriptor socket, in a folder that only this user can enter."""
+        """Listen on the descriptor socket, in a folder that nobody else can enter unless `uids` may."""
         self._folder = tempfile.mkdtemp(prefix="tandem-")
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         self._listener.bind(self.path)
-        self._listener.listen(16)
+        if len(self._uids) > 1:
+            # The kernel tells who connects, and `_serve` asks.
+            os.chmod(self.path, 0o666)  # noqa: S103
+            os.chmod(self._folder, 0o711)  # noqa: S103
+        self._listener.listen(128)
         self._spawn(self._accept(self._listener))
 
     async def stop(self) -> None:
@@ -84,6 +111,8 @@ class Sessions:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for connection in self._silent:  # whose tasks never began
+            connection.close()
         if self._listener is not None:
             self._listener.close()
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -102,9 +131,13 @@ class Sessions:
         if self._arenas.reason:
             raise FailedPrecondition(Reason.TRANSPORT_UNAVAILABLE, self._arenas.reason)
         if found := mismatches(self._arenas.manifest, tensors):
+            log.warning(
+                "manifest refused", pid=identity.pid, mismatches=[f"{m.name}: {m.problem}" for m in found]
+            )
             raise InvalidArgument(
                 Reason.MANIFEST_MISMATCH,
-                f"{len(found)} tensors are not the engine's, first {found[0].name}: {found[0].problem}",
+                f"{len({m.name for m in found})} tensors are not the engine's, "
+                f"first {found[0].name}: {found[0].problem}",
                 violations=[Violation(f"tensors[{m.name}]", m.problem) for m in found],
             )
         why_not = self._identity.why_not_shared(identity)
@@ -138,9 +171,10 @@ class Sessions:
         Raises:
             NotFound: SESSION_NOT_FOUND, it has ended, or the service was restarted since.
         """
-        if self._shared is not None and self._shared.id == session_id and self._shared.connection:
+        if self._shared is not None and self._shared.id == session_id and self._shared.attached:
             return self._shared
         if session_id in self._streams:
+            self._streams.move_to_end(session_id)
             return self._streams[session_id]
         raise NotFound(
             Reason.SESSION_NOT_FOUND, "no such session; open one anew", metadata={"session_id": session_id}
@@ -149,57 +183,94 @@ class Sessions:
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            connection, _ = await loop.sock_accept(listener)
+            try:
+                connection, _ = await loop.sock_accept(listener)
+            except OSError:  # no descriptors left, or the caller has gone: others will come
+                log.exception("a connection could not be accepted")
+                await asyncio.sleep(0.1)
+                continue
             connection.setblocking(False)
+            self._silent[connection] = None
+            if len(self._silent) > MAX_SILENT:
+                # A trainer speaks at once. The oldest that has not is none.
+                with contextlib.suppress(OSError):
+                    self._silent.popitem(last=False)[0].shutdown(socket.SHUT_RDWR)
             self._spawn(self._serve(connection))
+            await asyncio.sleep(0)  # accepting never waits while callers queue: let this one say its token
 
     async def _serve(self, connection: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
         with connection:
             pid, uid = descriptors.peer(connection)
-            token = b""
-            with contextlib.suppress(TimeoutError, OSError):
-                async with asyncio.timeout(5):
-                    while len(token) < descriptors.TOKEN_BYTES and (
-                        more := await loop.sock_recv(connection, descriptors.TOKEN_BYTES - len(token))
-                    ):
-                        token += more
+            try:
+                token = await _token(connection) if uid in self._uids else b""
+            finally:
+                self._silent.pop(connection, None)
             session = self._shared
-            if (
-                uid not in self._uids
-                or session is None
-                or session.connection is not None
-                or not hmac.compare_digest(token, session.token)
-            ):
-                log.warning("descriptors refused", pid=pid, uid=uid, tokens_match=False)
+            fits = session is not None and hmac.compare_digest(token, session.token)
+            if session is None or session.attached or not fits:
+                log.warning(
+                    "descriptors refused", pid=pid, uid=uid, known_user=uid in self._uids, token_fits=fits
+                )
                 with contextlib.suppress(OSError):
                     descriptors.refuse(connection)
                 return
-            session.connection = connection
+            session.attached = True
             reason = "the service stopped"
             try:
-                descriptors.send(connection, [arena.fd for arena in self._arenas.arenas])
                 with contextlib.suppress(OSError):
-                    await loop.sock_recv(
-                        connection, 1
-                    )  # nothing more is said: this returns when the trainer is gone
+                    descriptors.send(connection, [arena.fd for arena in self._arenas.arenas])
+                    await _departure(connection, pid)
                 reason = f"the trainer (process {pid}) closed its session or died"
             finally:
                 self._end(session, reason)
 
     async def _expire(self, session: Session) -> None:
         await asyncio.sleep(ATTACH_SECONDS)
-        if session.connection is None:
+        if not session.attached:
             self._end(session, "the trainer never fetched the descriptors")
 
     def _end(self, session: Session, reason: str) -> None:
         if self._shared is session:
             self._shared = None
-            log.info("session ended", session=session.id, reason=reason)
-        for tell in session.ended:
-            tell(reason)
+        log.info("session ended", session=session.id, reason=reason)
+        session.end(reason)
 
-    def _spawn(self, work: object) -> None:
-        task = asyncio.ensure_future(work)  # type: ignore[arg-type]
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+async def _token(connection: socket.socket) -> bytes:
+    """What the caller says first: a token's length of bytes, or fewer if it stops before."""
+    loop = asyncio.get_running_loop()
+    token = b""
+    with contextlib.suppress(TimeoutError, OSError):
+        async with asyncio.timeout(TOKEN_SECONDS):
+            while len(token) < descriptors.TOKEN_BYTES and (
+                more := await loop.sock_recv(connection, descriptors.TOKEN_BYTES - len(token))
+            ):
+                token += more
+    return token
+
+
+async def _departure(connection: socket.socket, pid: int) -> None:
+    """Return once the other end closed the connection, or its process died.
+
+    The connection alone doesn't tell: a child that the trainer forked holds it too.
+    """
+    loop = asyncio.get_running_loop()
+    closed: asyncio.Future[Any] = asyncio.ensure_future(loop.sock_recv(connection, 1))  # nothing more is said
+    died: asyncio.Future[Any] = loop.create_future()
+    process = None
+    with contextlib.suppress(OSError):  # it is another PID namespace's, or gone
+        process = os.pidfd_open(pid)
+        loop.add_reader(process, died.cancel)
+    try:
+        await asyncio.wait({closed, died}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        closed.cancel()
+        await asyncio.gather(closed, return_exceptions=True)
+        if process is not None:
+            loop.remove_reader(process)
+            os.close(process)

@@ -10,7 +10,7 @@ from weight_transfer.manifest import Manifest
 
 
 class Staging:
-    """Room for one whole policy in the engine's dtypes. Pages are taken as bytes arrive, and given back with the object."""
+    """Room for one whole policy in the engine's dtypes. Its pages come as bytes arrive."""
 
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
@@ -19,11 +19,11 @@ class Staging:
             self._offsets.append(size)
             size += -(-spec.nbytes // 64) * 64
         self._memory = torch.empty(size, dtype=torch.uint8)
-        self._bytes = memoryview(self._memory.numpy())
+        self._bytes = memoryview(self._memory.numpy())  # type: ignore[arg-type]
         self._received = [0] * len(manifest)
 
     def add(self, tensor: int, offset: int, data: bytes) -> None:
-        """Take a piece of a tensor. The pieces of one tensor come in order, without gaps; tensors in any order."""
+        """Take a piece of a tensor. Those of one tensor come in order, without gaps; tensors in any order."""
         if tensor >= len(self._manifest):
             raise invalid("chunk.tensor", f"the manifest has {len(self._manifest)} tensors, not {tensor + 1}")
         spec, have = self._manifest.tensors[tensor], self._received[tensor]

@@ -1,33 +1,23 @@
 """What Tandem adds to a vLLM worker: methods that the service calls by name through collective_rpc.
 
-vLLM imports this module in each worker before it loads the model, which is what registers the loader. Arguments and
-results are plain values, as vLLM's message passing wants them.
+vLLM imports this module in each worker before it loads the model, which is what registers the loader.
+Arguments and results are plain values, as vLLM's message passing wants them.
 """
 
 from __future__ import annotations
 
-import os
 import socket
-import threading
-import time
 from typing import Any
 
-from inference_service import loader
+from inference_service import loader, orphans
 from weight_transfer import descriptors
 
 
-def _end_with(parent: int) -> None:
-    # A service that was killed can't stop its engine. An orphaned one would hold the weights' memory for good.
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
-
-
-threading.Thread(target=_end_with, args=(os.getppid(),), name="tandem-parent", daemon=True).start()
+orphans.end_with_service()
 
 
 class TandemWorker:
-    """Mixed into vLLM's worker class: `self` is the worker. Every name has a prefix, since vLLM refuses clashes."""
+    """Mixed into vLLM's worker class: `self` is the worker. vLLM refuses clashes, so names have a prefix."""
 
     def _tandem_model(self) -> Any:
         return self.get_model()  # type: ignore[attr-defined]
@@ -46,6 +36,7 @@ class TandemWorker:
             "rank": rank,
             "arenas": [arena.size for arena in held.arenas],
             "reloaded": held.reloaded,
+            "reason": held.reason,
             "placements": [
                 [
                     p.spec.name,
@@ -69,7 +60,8 @@ class TandemWorker:
         """Load the checkpoint again, in place."""
         model = self._tandem_model()
         held: loader.HeldWeights = model.tandem
-        assert held.loader is not None
+        if held.loader is None:
+            raise RuntimeError(held.reason)
         held.loader.restore(model, self.model_config)  # type: ignore[attr-defined]
 
     def tandem_addresses(self) -> dict[str, int]:

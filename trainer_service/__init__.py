@@ -1,1 +1,1 @@
-"""TRL in front of a Tandem inference service: trainers, and the client they use. vLLM is never imported here."""
+"""TRL in front of a Tandem inference service: trainers, and the client they use. Never imports vLLM."""

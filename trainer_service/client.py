@@ -19,7 +19,7 @@ READY = (ServingState.SERVING_STATE_SERVING, ServingState.SERVING_STATE_PAUSED)
 
 
 class Group(NamedTuple):
-    """One prompt: its token ids, how many rollouts to sample, and encoded images in the order of their places."""
+    """One prompt: token ids, how many rollouts to sample, and encoded images in the order of their places."""
 
     token_ids: Sequence[int]
     n: int = 1
@@ -54,9 +54,9 @@ class InferenceClient:
         self._timeout_s = timeout_s
         self._max_request_bytes = max_request_bytes
         self._channel = rpc.connect(address, token=token, **channel)
-        self._inference = InferenceServiceStub(self._channel)
+        self._inference = InferenceServiceStub(self._channel)  # type: ignore[no-untyped-call]
         #: The weight plane's calls, for `trainer_service.session`.
-        self.weights = WeightServiceStub(self._channel)
+        self.weights = WeightServiceStub(self._channel)  # type: ignore[no-untyped-call]
 
     def get_model(self, timeout_s: float | None = None) -> pb.GetModelResponse:
         """Ask what is served.
@@ -65,10 +65,12 @@ class InferenceClient:
             Unavailable: nobody answers.
         """
         with rpc.translated():
-            return self._inference.GetModel(pb.GetModelRequest(), timeout=timeout_s or self._timeout_s)
+            timeout_s = timeout_s or self._timeout_s
+            model: pb.GetModelResponse = self._inference.GetModel(pb.GetModelRequest(), timeout=timeout_s)
+            return model
 
     def wait_until_serving(
-        self, timeout_s: float, *, accept: Sequence[ServingState.ValueType] = READY
+        self, timeout_s: float, *, accept: Sequence[ServingState] = READY
     ) -> pb.GetModelResponse:
         """Wait until the engine's state is one of `accept`.
 
@@ -96,7 +98,7 @@ class InferenceClient:
 
     def generate(
         self,
-        groups: Sequence[Group | tuple[Sequence[int], int]],
+        batch: Sequence[Group | tuple[Sequence[int], int]],
         sampling: pb.SamplingParams | Mapping[str, Any] | None = None,
         *,
         logprobs: bool = True,
@@ -106,20 +108,20 @@ class InferenceClient:
         """Sample rollouts.
 
         Args:
-            groups: prompts; a plain (token_ids, n) pair will do.
+            batch: prompts; a plain (token_ids, n) pair will do.
             sampling: how, as the message or under vLLM's names.
             logprobs: whether each token's logprob is sent.
             lora: a loaded adapter to sample with.
             timeout_s: deadline in seconds of the whole batch.
 
         Returns:
-            For each group in order its `n` whole rollouts, in order.
+            For each prompt in order its `n` whole rollouts, in order.
 
         Raises:
             InvalidArgument: names the field; nothing was sampled.
             TandemError: what the service says; the rest of the batch is cancelled.
         """
-        groups = [Group(*group) for group in groups]
+        groups = [Group(*group) for group in batch]
         params = sampling if isinstance(sampling, pb.SamplingParams) else sampling_params(sampling or {})
         prompts = [pb.Prompt(token_ids=pb.TokenIds(ids=g.token_ids), images=g.images, n=g.n) for g in groups]
         done: list[list[pb.Rollout | None]] = [[None] * g.n for g in groups]
@@ -139,7 +141,7 @@ class InferenceClient:
         for start, response in self._stream(self._inference.Generate, requests, timeout_s):
             for rollout in response.rollouts:
                 done[start + rollout.prompt_index][rollout.rollout_index] = rollout
-        missing = sum(rollout is None for group in done for rollout in group)
+        missing = sum(group.count(None) for group in done)
         if missing:
             raise Internal(Reason.BUG, f"The service ended the stream with {missing} rollouts missing.")
         return [[rollout for rollout in group if rollout is not None] for group in done]

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
 
 from tandem.errors import FailedPrecondition, Reason, TandemError, Unavailable, invalid
 from tandem.inference.v1 import inference_pb2 as pb
@@ -29,10 +29,14 @@ _TRY_AGAIN = (Reason.QUEUE_FULL, Reason.BASE_VERSION_MISMATCH)
 
 
 class RemoteGeneration(VLLMGeneration):
-    """Generates rank by rank, without a collective: ranks may call as often as they like, with as many prompts.
+    """Generates rank by rank, without a collective: each may call as often as it likes, with any prompts.
 
     Weights are pushed by the main process alone, in `sync_weights`, which every rank must call.
     """
+
+    # Stand-ins with what TRL looks at of its engine.
+    llm: Any
+    vllm_client: Any
 
     def __init__(self, *args: Any, client: InferenceClient, weights: PolicyWeights | None, **kwargs: Any):
         """Arguments are VLLMGeneration's, and:
@@ -53,10 +57,13 @@ class RemoteGeneration(VLLMGeneration):
         wanted = self.max_model_length
         if wanted is not None and wanted > info.max_model_len:
             raise invalid(
-                "vllm_max_model_length", f"{wanted} is more than the service's max_model_len, {info.max_model_len}"
+                "vllm_max_model_length",
+                f"{wanted} is more than the service's max_model_len, {info.max_model_len}",
             )
         if self.enable_sleep_mode:
-            logger.warning("vllm_enable_sleep_mode has no effect: the service decides when its engine sleeps.")
+            logger.warning(
+                "vllm_enable_sleep_mode has no effect: the service decides when its engine sleeps."
+            )
         if self.structured_outputs_regex is not None and self.generation_kwargs.get("structured_outputs"):
             logger.warning("structured_outputs_regex takes precedence over generation_kwargs.")
         self._sampling()  # bad parameters are told now, not when the first batch is ready
@@ -82,7 +89,9 @@ class RemoteGeneration(VLLMGeneration):
             raise error
         self._version, failure = outcome[0]
         if failure:
-            raise FailedPrecondition(Reason.TRANSPORT_UNAVAILABLE, f"The main process could not sync: {failure}")
+            raise FailedPrecondition(
+                Reason.TRANSPORT_UNAVAILABLE, f"The main process could not sync: {failure}"
+            )
 
     def generate(
         self,
@@ -90,8 +99,10 @@ class RemoteGeneration(VLLMGeneration):
         images: list[list[Any] | None] | None,
         num_generations: int,
         profiler: Any = None,
-    ) -> tuple[list[list[int]], list[list[int]], list | None, list | None]:
-        """One rollout for each row of `prompts`, in order. Rows of equal tokens and images share their prefill.
+    ) -> tuple[
+        list[list[int]], list[list[int]], list[list[list[float | None]]] | None, list[list[list[int]]] | None
+    ]:
+        """Sample one rollout for each row of `prompts`, in order. Equal rows share their prefill.
 
         Args:
             prompts: token ids, one list per row.
@@ -100,8 +111,9 @@ class RemoteGeneration(VLLMGeneration):
             profiler: entered around the call.
 
         Returns:
-            prompt_ids, completion_ids, logprobs and logprob_token_ids. The last two are of shape (rows, tokens, 1) where
-            `self.logprobs` is 0, up to N + 1 where it is N, the most probable first, or None where it is None.
+            prompt_ids, completion_ids, logprobs and logprob_token_ids. The last two are of shape (rows,
+            tokens, 1) where `self.logprobs` is 0, up to N + 1 where it is N, the most probable first, or None
+            where it is None.
         """
         started = time.perf_counter()
         keys, rows = _group(prompts, images)
@@ -162,8 +174,8 @@ class RemoteGeneration(VLLMGeneration):
             if expected and versions != {expected}:
                 raise FailedPrecondition(
                     Reason.BASE_VERSION_MISMATCH,
-                    f"Rollouts are of weight versions {sorted(versions)}, not of {expected}, which was synced last: "
-                    "the engine was restarted, or has another trainer.",
+                    f"Rollouts are of weight versions {sorted(versions)}, not of {expected}, which was "
+                    "synced last: the engine was restarted, or has another trainer.",
                 )
 
     def _recover(self, error: TandemError) -> None:

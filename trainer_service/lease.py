@@ -20,8 +20,9 @@ _HEARTBEAT = pb.UpdateWeightsRequest(heartbeat=pb.Heartbeat())
 class Lease:
     """The right to write the engine's weights, from Ready until `commit` or `abort`.
 
-    A thread sends heartbeats meanwhile. The lease is lost when this process dies, when its heartbeats stop, or after
-    `timeout_s`, whatever happens here: an update that its trainer forgot must not stop the engine for ever.
+    A thread sends heartbeats meanwhile. The lease is lost when this process dies, when its heartbeats stop,
+    or after `timeout_s`, whatever happens here: an update that its trainer forgot must not stop the engine
+    for ever.
     """
 
     def __init__(
@@ -110,7 +111,7 @@ class Lease:
         self._answer_by = time.monotonic() + self._answer_timeout_s
         try:
             with rpc.translated():
-                response = next(self._call)
+                response: pb.UpdateWeightsResponse = next(self._call)
         except StopIteration:
             raise Internal(Reason.BUG, "The service ended the update without an answer.") from None
         except TandemError as error:

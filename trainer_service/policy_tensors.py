@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,14 +14,16 @@ from tandem.errors import FailedPrecondition, Reason
 from weight_transfer.manifest import TensorSpec
 from weight_transfer.transports import SourceTensor
 
+#: Name, tensor, and identity of the tensor's owner: equal where parameters are tied.
+Walk = Iterator[tuple[str, SourceTensor, int]]
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
 def policy_tensors(model: nn.Module, wanted: Collection[str] = ()) -> list[SourceTensor]:
-    """List the tensors of `model`: each parameter once, and what else `wanted` names (tied duplicates, buffers).
+    """List the tensors of `model`: each parameter once, and what else `wanted` names, tied or a buffer.
 
-    LoRA adapters are merged into fresh tensors, one at a time, as they are read; the model itself is never written.
-    Frozen parameters are listed like any other.
+    LoRA adapters are merged into fresh tensors, one at a time, as they are read; the model itself is never
+    written. Frozen parameters are listed like any other.
 
     Args:
         model: as the trainer holds it; wrappers of DDP and of torch.compile are looked through.
@@ -57,19 +60,18 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def _base(model: nn.Module) -> nn.Module:
-    config = getattr(model, "peft_config", None)
-    if config is None or not hasattr(model, "get_base_model"):
+    config, base_of = getattr(model, "peft_config", None), getattr(model, "get_base_model", None)
+    if config is None or base_of is None:
         return model
     for name, adapter in config.items():
         if adapter.is_prompt_learning:
             raise _unsupported(f"adapter {name!r} is {adapter.peft_type}, which has no weights to merge")
-    base = model.get_base_model()
-    assert isinstance(base, nn.Module)  # noqa: S101  for the type checker: PEFT does not say
+    base: nn.Module = base_of()
     return base
 
 
-def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, SourceTensor, int]]:
-    """(name, tensor, identity of its memory's owner) of every parameter below `module`."""
+def _walk(module: nn.Module, prefix: str) -> Walk:
+    """Every parameter below `module`."""
     if (adapted := _adapted(module)) is not None:
         yield from adapted(module, prefix)
         return
@@ -80,7 +82,7 @@ def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, SourceTensor, i
         yield from _walk(child, prefix if name in _WRAPPERS else f"{prefix}{name}.")
 
 
-def _adapted(module: nn.Module):
+def _adapted(module: nn.Module) -> Callable[[Any, str], Walk] | None:
     """The walk for a module that PEFT put in another's place; None for an ordinary one."""
     if not type(module).__module__.startswith("peft."):
         return None
@@ -94,27 +96,27 @@ def _adapted(module: nn.Module):
     raise _unsupported(f"{type(module).__name__} is not LoRA; only LoRA can be merged for the engine")
 
 
-def _walk_saved(module: nn.Module, prefix: str) -> Iterator[tuple[str, SourceTensor, int]]:
+def _walk_saved(module: Any, prefix: str) -> Walk:
     saved, active = module.modules_to_save, module.active_adapters
     yield from _walk(saved[active[0]] if active and active[0] in saved else module.original_module, prefix)
 
 
-def _walk_lora(module: nn.Module, prefix: str) -> Iterator[tuple[str, SourceTensor, int]]:
+def _walk_lora(module: Any, prefix: str) -> Walk:
     base = module.get_base_layer()
     for name, parameter in base.named_parameters(recurse=False):
         merged = partial(_merged, module, name)
         yield prefix + name, _source(prefix + name, parameter, None, merged), id(parameter)
 
 
-def _merged(layer: nn.Module, name: str) -> torch.Tensor:
+def _merged(layer: Any, name: str) -> torch.Tensor:
     """The base's parameter `name` with the active adapters merged in, by PEFT's own arithmetic.
 
-    PEFT merges into a stand-in that shares the adapters and has a copy of the base's parameters. Merging into the base
-    and out again, as TRL does, changes it: additions in bf16 do not undo themselves.
+    PEFT merges into a stand-in that shares the adapters and has a copy of the base's parameters. Merging into
+    the base and out again, as TRL does, changes it: additions in bf16 do not undo themselves.
     """
     base = layer.get_base_layer()
     if name != "weight" and not any(layer.lora_bias.values()):
-        return getattr(base, name).data
+        return plain(base, name)
     stand_in, stand_in_base = copy.copy(layer), copy.copy(base)
     stand_in_base._parameters = {
         key: None if value is None else nn.Parameter(value.detach().clone(), requires_grad=False)
@@ -125,10 +127,20 @@ def _merged(layer: nn.Module, name: str) -> torch.Tensor:
     if not layer.disable_adapters:
         with torch.no_grad():
             stand_in.merge()
-    return getattr(stand_in_base, name).data
+    return plain(stand_in_base, name)
 
 
-def _source(name: str, tensor: torch.Tensor, parameter: nn.Parameter | None, read=None) -> SourceTensor:
+def plain(module: nn.Module, name: str) -> torch.Tensor:
+    """A parameter's value."""
+    return module.get_parameter(name).detach()
+
+
+def _source(
+    name: str,
+    tensor: torch.Tensor,
+    parameter: nn.Parameter | None,
+    read: Callable[[], torch.Tensor] | None = None,
+) -> SourceTensor:
     if hasattr(tensor, "full_tensor") or hasattr(tensor, "ds_id"):
         raise _unsupported(f"{name} is sharded (FSDP2 or DeepSpeed ZeRO-3), which is not supported yet")
     if not (tensor.is_floating_point() or parameter is None):

@@ -1,4 +1,4 @@
-"""Sampling parameters under vLLM's names, as TRL's `generation_kwargs` has them, made into the contract's message."""
+"""Sampling parameters under vLLM's names, as in TRL's `generation_kwargs`, made the contract's message."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 
@@ -92,11 +93,8 @@ class Session:
         request = pb.GetWeightVersionRequest(include_digest=True)
         with rpc.translated():
             now = self._client.weights.GetWeightVersion(request, timeout=ANSWER_TIMEOUT_S)
-        return (
-            now.weight_version == self.weight_version + 1
-            and now.state == pb.WEIGHT_STATE_COMMITTED
-            and now.digest == digest
-        )
+        committed: bool = now.state == pb.WEIGHT_STATE_COMMITTED and now.digest == digest
+        return committed and now.weight_version == self.weight_version + 1
 
 
 def _identity(policy: Sequence[SourceTensor]) -> pb.ProcessIdentity:
@@ -114,13 +112,14 @@ def _identity(policy: Sequence[SourceTensor]) -> pb.ProcessIdentity:
     )
 
 
-def _dtype_value(name: str) -> pb.Dtype.ValueType:
+def _dtype_value(name: str) -> pb.Dtype:
     # Of a dtype that the contract has no name for, the service says which tensor has it.
-    return pb.Dtype.Value(f"DTYPE_{name.upper()}") if f"DTYPE_{name.upper()}" in pb.Dtype.keys() else 0  # noqa: SIM118
+    number = dict(pb.Dtype.items()).get(f"DTYPE_{name.upper()}", pb.DTYPE_UNSPECIFIED)
+    return cast(pb.Dtype, number)
 
 
-def _transport_value(name: str | None) -> pb.Transport.ValueType:
-    return pb.TRANSPORT_UNSPECIFIED if name is None else pb.Transport.Value(f"TRANSPORT_{name.upper()}")
+def _transport_value(name: str | None) -> pb.Transport:
+    return cast(pb.Transport, 0 if name is None else pb.Transport.Value(f"TRANSPORT_{name.upper()}"))
 
 
 def _manifest(message: pb.Manifest) -> Manifest:

@@ -1,19 +1,22 @@
-"""The policy's weights on their way to the engine: one session, a lease for each update, and what to do when one fails.
+"""The policy's weights on their way to the engine: the session, its updates, and what to do when one fails.
 
-Where the parameters are the engine's memory (an aliased session), every write to them needs the lease: the optimizer's
-steps take it by themselves, anything else goes inside `update()`. All other sessions move everything in `sync()`.
+Where the parameters are the engine's memory (an aliased session), every write to them needs the lease: the
+optimizer's steps take it by themselves, anything else goes inside `update()`. All other sessions move
+everything in `sync()`.
 """
 
 from __future__ import annotations
 
 import atexit
 import logging
+import sys
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, TypeVar
 
 from torch import nn
@@ -41,7 +44,7 @@ ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class UpdateStats:
-    """One committed update: its version, bytes moved, seconds spent on it here, seconds generation stopped."""
+    """One committed update: version, bytes moved, seconds spent on it here, seconds generation stopped."""
 
     weight_version: int
     nbytes: int
@@ -77,11 +80,11 @@ class PolicyWeights:
         self._session: Session | None = None
         self._lease: Lease | None = None
         self._depth = 0
-        self._stepping = 0  # id of the optimizer whose step holds the lease
+        self._stepping: FrameType | None = None  # the optimizer's step that holds the lease
         self._dirty = True  # the engine may hold something else than the trainer
         self._spent = 0.0
         self._hooks: list[Any] = []
-        self._finalizer: weakref.finalize | None = None
+        self._finalizer: weakref.finalize[[], PolicyWeights] | None = None
         atexit.register(_at_exit, weakref.ref(self))
 
     @property
@@ -142,7 +145,7 @@ class PolicyWeights:
 
     @contextmanager
     def update(self) -> Iterator[None]:
-        """Hold the lease while the body writes parameters in place. Nothing to do where none is the engine's memory.
+        """Hold the lease while the body writes parameters in place.
 
         When the body raises, the engine serves nothing until the next `sync`.
         """
@@ -156,16 +159,20 @@ class PolicyWeights:
 
     def abandon(self, reason: str) -> None:
         """Give up an update that is open, because the code that was writing has failed."""
-        lease, self._lease, self._depth, self._stepping, self._dirty = self._lease, None, 0, 0, True
+        lease, self._lease, self._depth, self._dirty = self._lease, None, 0, True
+        self._stepping = None
         if lease is not None:
             lease.abort(reason, untouched=False)
 
     def detach(self) -> None:
         """End the session. The parameters get memory of their own, with the same values."""
-        self.abandon("the trainer detached")
+        self._end_session("the trainer detached")
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+
+    def _end_session(self, reason: str) -> None:
+        self.abandon(reason)
         if self._finalizer is not None:
             self._finalizer()
         self._session, self._finalizer = None, None
@@ -179,10 +186,10 @@ class PolicyWeights:
         assert session is not None  # noqa: S101  for the type checker
         policy = self._policy(session.names)
         if not self._dirty and session.transport.settled(policy):
-            # Every step was committed as it was made. What is left to know is whether that engine still lives.
+            # Every step was committed as it was made. What is left to know: does that engine still live?
             model = self._client.wait_until_serving(self._timeout_s, accept=WRITABLE)
             if model.engine_id != session.engine_id:
-                self.detach()
+                self._end_session("the engine was restarted")
                 return self._sync()
             if model.weight_version != session.weight_version:
                 raise _taken(session.weight_version, model.weight_version)
@@ -220,14 +227,19 @@ class PolicyWeights:
                     raise
                 logger.warning("update failed, trying again: %s", error)
                 self._recover(error, deadline)
+        return None
 
     def _recover(self, error: TandemError, deadline: float) -> None:
         """Wait for an engine that can take an update. Keep the session if it is still that engine's."""
         self._dirty = True
         left = max(deadline - time.monotonic(), 0.0)
         model, session = self._client.wait_until_serving(left, accept=WRITABLE), self._session
-        if session is None or model.engine_id != session.engine_id or error.reason == Reason.SESSION_NOT_FOUND:
-            self.detach()
+        if (
+            session is None
+            or model.engine_id != session.engine_id
+            or error.reason == Reason.SESSION_NOT_FOUND
+        ):
+            self._end_session("the engine was restarted")
         elif model.weight_version == session.weight_version + 1:
             # Perhaps our own commit, whose answer was lost. Its digest tells; nothing is sent.
             policy = self._policy(session.names)
@@ -236,19 +248,13 @@ class PolicyWeights:
                 session.weight_version += 1
 
     def _enter(self) -> None:
-        self._depth += 1
-        if self._depth > 1:
-            return
-        if not self.aliased:
-            self._dirty = True
-            return
-        started = time.perf_counter()
-        try:
+        if self._depth == 0 and self.aliased:
+            started = time.perf_counter()
             self._insist(self._take)
-        except BaseException:
-            self._depth = 0
-            raise
-        self._spent = time.perf_counter() - started
+            self._spent = time.perf_counter() - started
+        elif self._depth == 0:
+            self._dirty = True
+        self._depth += 1
 
     def _take(self) -> None:
         if self._session is None or self._dirty:
@@ -273,19 +279,22 @@ class PolicyWeights:
             self.sync()
 
     def _hook_optimizers(self) -> None:
+        if self._hooks:
+            return
         # Global hooks, since trainers and accelerate create, wrap and replace optimizers as they like.
         me = weakref.ref(self)
 
         def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             if (weights := me()) is not None and weights._writes(optimizer):
-                if weights._stepping:
+                if weights._stepping and not _running(weights._stepping):
                     weights.abandon("the optimizer's last step raised")
-                weights._enter()
-                weights._stepping = id(optimizer)
+                if not weights._stepping:  # else a step that calls the step of its base class
+                    weights._enter()
+                    weights._stepping = sys._getframe(1)
 
         def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            if (weights := me()) is not None and weights._stepping == id(optimizer):
-                weights._stepping = 0
+            if (weights := me()) is not None and weights._stepping is sys._getframe(1):
+                weights._stepping = None
                 weights._leave()
 
         self._hooks = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
@@ -299,7 +308,7 @@ class PolicyWeights:
 
 
 def _patiently(call: Callable[[], T]) -> T:
-    """Call, and again for a while where another trainer has the lease: it may be ourselves before a restart."""
+    """Call, and again for a while where another trainer has the lease: it may be our own last life."""
     deadline = time.monotonic() + HELD_S
     while True:
         try:
@@ -308,6 +317,14 @@ def _patiently(call: Callable[[], T]) -> T:
             if error.reason != Reason.LEASE_HELD or time.monotonic() > deadline:
                 raise
             time.sleep(0.1)
+
+
+def _running(frame: FrameType) -> bool:
+    """Whether we were called, at whatever depth, from `frame`."""
+    caller: FrameType | None = sys._getframe(1)
+    while caller is not None and caller is not frame:
+        caller = caller.f_back
+    return caller is frame
 
 
 def _retryable(error: TandemError) -> bool:

@@ -1,16 +1,18 @@
 """Passing an arena's descriptors over a Unix socket, to a process of the same user and no other.
 
-The caller sends a fixed-length token that a handshake gave it; the answer is one status byte, with the descriptors
-attached where it is OK. The connection then stays open, and is the session: it ends when either side closes it or
-dies, which the kernel tells the other side at once.
+The caller sends a fixed-length token that a handshake gave it; the answer is one status byte, with the
+descriptors attached where it is OK. The connection then stays open, and is the session: it ends when either
+side closes it or dies, which the kernel tells the other side at once.
 """
 
 from __future__ import annotations
 
 import array
+import contextlib
 import os
 import socket
 import struct
+import time
 
 TOKEN_BYTES = 32
 MAX_DESCRIPTORS = 64
@@ -46,11 +48,11 @@ def receive(path: str, token: bytes, count: int, timeout: float) -> tuple[list[i
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     descriptors: list[int] = []
     try:
-        connection.settimeout(timeout)
-        connection.connect(path)
+        _connect(connection, path, timeout)
         if (uid := peer(connection)[1]) not in (os.geteuid(), 0):
             raise PermissionError(f"the process at {path} belongs to uid {uid}, not to {os.geteuid()}")
-        connection.sendall(token)
+        with contextlib.suppress(BrokenPipeError):  # refused unheard: the answer is there
+            connection.sendall(token)
         answer, descriptors, flags = receive_descriptors(connection)
         if answer != OK or len(descriptors) != count or flags & socket.MSG_CTRUNC:
             raise PermissionError(
@@ -65,9 +67,21 @@ def receive(path: str, token: bytes, count: int, timeout: float) -> tuple[list[i
         raise
 
 
+def _connect(connection: socket.socket, path: str, timeout: float) -> None:
+    connection.settimeout(timeout)
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            return connection.connect(path)
+        except BlockingIOError:  # the listener's queue is full, and the kernel doesn't wait for room in it
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{path} is busy") from None
+            time.sleep(0.01)
+
+
 def receive_descriptors(connection: socket.socket) -> tuple[bytes, list[int], int]:
     """(status, descriptors, flags) of one answer."""
-    # socket.recv_fds cannot ask for close-on-exec, and a child that inherited a descriptor would keep the arena.
+    # socket.recv_fds can't ask for close-on-exec: a child that inherited a descriptor would keep the arena.
     fds = array.array("i")
     answer, ancillary, flags, _ = connection.recvmsg(
         1, socket.CMSG_SPACE(MAX_DESCRIPTORS * fds.itemsize), socket.MSG_CMSG_CLOEXEC

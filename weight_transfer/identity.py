@@ -1,4 +1,4 @@
-"""Where a process lives, so that two of them can tell whether they can share memory before either sends a handle."""
+"""Where a process lives, so that two of them can tell beforehand whether they can share memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ProcessIdentity:
     @classmethod
     def current(cls, gpu_uuids: tuple[str, ...] = ()) -> ProcessIdentity:
         """This process's own."""
-        # The process name, in parentheses, may hold spaces: count the fields after it. Field 22 is the start time.
+        # The process name, in parentheses, may hold spaces: count the fields after it. The 22nd is the start.
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
         return cls(
             boot_id=Path("/proc/sys/kernel/random/boot_id").read_text().strip(),

@@ -1,4 +1,4 @@
-"""The manifest: the ordered list of the policy's tensors, and how a trainer's list compares with the engine's."""
+"""The manifest: the ordered list of the policy's tensors, and how a trainer's compares with the engine's."""
 
 from __future__ import annotations
 
@@ -86,9 +86,10 @@ class Manifest:
 
 
 def mismatches(engine: Manifest, trainer: Sequence[TensorSpec]) -> list[Mismatch]:
-    """Everything in which `trainer`'s tensors are not those of `engine`: nothing is left for a second try to find.
+    """Everything in which `trainer`'s tensors are not those of `engine`: a second try finds nothing new.
 
-    Order does not matter. Floating dtypes may differ, since they are cast; any other dtype must be the engine's.
+    Order does not matter. Floating dtypes may differ, since they are cast; any other dtype must be the
+    engine's.
     """
     found = [
         Mismatch(name, f"given {count} times")

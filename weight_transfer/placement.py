@@ -77,21 +77,22 @@ class Placement:
         return arenas[block.arena].tensor(block.arena_offset, self.spec.shape, dtype)
 
     def pairs(self, arenas: Sequence[Arena], tensor: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """(part of `tensor`, its place in engine memory) for each block. `tensor` is row-major, of the spec's shape."""
+        """(part of `tensor`, its place in engine memory) of each block. `tensor` has the spec's shape."""
         import torch
 
         tensor = tensor.detach().contiguous()
         dtype = getattr(torch, self.spec.dtype)
         pairs = []
         for block in self.blocks:
-            source = tensor.as_strided(block.shape, block.tensor_strides, block.tensor_offset)
+            first = tensor.storage_offset() + block.tensor_offset  # as_strided counts from the storage's start
+            source = tensor.as_strided(block.shape, block.tensor_strides, first)
             extent = _extent(block.shape, block.arena_strides)
             flat = arenas[block.arena].tensor(block.arena_offset, (extent,), dtype)
             pairs.append((source, flat.as_strided(block.shape, block.arena_strides)))
         return pairs
 
     def gather(self, arenas: Sequence[Arena]) -> torch.Tensor:
-        """The tensor as the engine holds it, shape and dtype of the spec: a view where it lies in one piece, else a copy."""
+        """The tensor as the engine holds it: a view where it lies in one piece, else a copy."""
         import torch
 
         if not self.alias_reason(self.spec.dtype):
@@ -106,24 +107,85 @@ def check(placements: Sequence[Placement], arena_sizes: Sequence[int]) -> None:
     """Refuse placements that reach outside an arena or a tensor, or don't make up their tensor.
 
     Raises:
-        ValueError: names the tensor and what is wrong. Placements come from another process, so nothing is trusted.
+        ValueError: names the tensor and what is wrong. They come from another process: nothing is trusted.
     """
     for placement in placements:
         spec = placement.spec
         if spec.dtype not in ITEMSIZE:
             raise ValueError(f"{spec.name}: unknown dtype {spec.dtype!r}")
-        if sum(block.numel for block in placement.blocks) != spec.numel:
-            raise ValueError(f"{spec.name}: its blocks don't make up its {spec.numel} elements")
+        if min(spec.shape, default=0) < 0:
+            raise ValueError(f"{spec.name}: negative shape")
         for block in placement.blocks:
-            if not len(block.shape) == len(block.arena_strides) == len(block.tensor_strides):
-                raise ValueError(f"{spec.name}: shape and strides of a block differ in length")
-            if min(block.arena_strides + block.tensor_strides, default=0) < 0:
-                raise ValueError(f"{spec.name}: negative stride")
-            if not 0 <= block.arena < len(arena_sizes):
-                raise ValueError(f"{spec.name}: no arena {block.arena}")
-            end = block.arena_offset + _extent(block.shape, block.arena_strides) * ITEMSIZE[spec.dtype]
-            if block.arena_offset < 0 or end > arena_sizes[block.arena]:
-                raise ValueError(f"{spec.name}: bytes {block.arena_offset} to {end} leave the arena")
-            last = block.tensor_offset + _extent(block.shape, block.tensor_strides)
-            if block.tensor_offset < 0 or last > spec.numel:
-                raise ValueError(f"{spec.name}: elements {block.tensor_offset} to {last} leave the tensor")
+            _check_block(spec, block, arena_sizes)
+        if not covered(spec, placement.blocks):
+            raise ValueError(f"{spec.name}: its blocks don't make up its {spec.numel} elements")
+
+
+def _check_block(spec: TensorSpec, block: Block, arena_sizes: Sequence[int]) -> None:
+    if not len(block.shape) == len(block.arena_strides) == len(block.tensor_strides):
+        raise ValueError(f"{spec.name}: shape and strides of a block differ in length")
+    numbers = (block.arena_offset, block.tensor_offset, *block.arena_strides, *block.tensor_strides)
+    if max(numbers + block.shape) >= 2**63:
+        raise ValueError(f"{spec.name}: {max(numbers + block.shape)} is beyond any memory")
+    if min(block.shape, default=0) < 0:
+        raise ValueError(f"{spec.name}: negative shape")
+    if min(block.arena_strides + block.tensor_strides, default=0) < 0:
+        raise ValueError(f"{spec.name}: negative stride")
+    if not 0 <= block.arena < len(arena_sizes):
+        raise ValueError(f"{spec.name}: no arena {block.arena}")
+    itemsize = ITEMSIZE[spec.dtype]
+    if block.arena_offset % itemsize:
+        raise ValueError(f"{spec.name}: byte {block.arena_offset} is no place for a {spec.dtype}")
+    end = block.arena_offset + _extent(block.shape, block.arena_strides) * itemsize
+    if block.arena_offset < 0 or end > arena_sizes[block.arena]:
+        raise ValueError(f"{spec.name}: bytes {block.arena_offset} to {end} leave the arena")
+    last = block.tensor_offset + _extent(block.shape, block.tensor_strides)
+    if block.tensor_offset < 0 or last > spec.numel:
+        raise ValueError(f"{spec.name}: elements {block.tensor_offset} to {last} leave the tensor")
+    for strides in (block.arena_strides, block.tensor_strides):
+        if _overlaps_itself(block.shape, strides):
+            raise ValueError(f"{spec.name}: a block has two elements in one place")
+
+
+def _steps(shape: Sequence[int], strides: Sequence[int]) -> list[tuple[int, int]]:
+    """(stride, length) of the dimensions along which anything moves, the smallest stride first."""
+    return sorted((stride, length) for stride, length in zip(strides, shape, strict=True) if length != 1)
+
+
+def _overlaps_itself(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    # Strides that interleave without a collision exist, and no tensor has them.
+    reach = 1
+    for stride, length in _steps(shape, strides):
+        if stride < reach:
+            return 0 not in shape
+        reach += (length - 1) * stride
+    return False
+
+
+def covered(spec: TensorSpec, blocks: Sequence[Block]) -> bool:
+    """Whether each element of the tensor is in some block. Ranks may hold the same ones."""
+    if sum(block.numel for block in blocks) < spec.numel:
+        return False
+    if not spec.numel or any(block.numel == spec.numel for block in blocks):  # none has an element twice
+        return True
+    # Marked in units that each block has or lacks as a whole: a few for each row, not one for each element.
+    import numpy as np
+
+    parts = [(block.tensor_offset, *_run(block)) for block in blocks if block.numel]
+    unit = math.gcd(
+        spec.numel, *(n for first, run, rest in parts for n in (first, run, *(s for s, _ in rest)))
+    )
+    marks = np.zeros(spec.numel // unit, bool)
+    for first, run, rest in parts:
+        shape = [*(length for _, length in rest), run // unit]
+        strides = [*(stride // unit for stride, _ in rest), 1]
+        np.lib.stride_tricks.as_strided(marks[first // unit :], shape, strides)[...] = True
+    return bool(marks.all())
+
+
+def _run(block: Block) -> tuple[int, list[tuple[int, int]]]:
+    """(n, steps): the block takes runs of `n` elements of its tensor, at `steps` as `_steps` has them."""
+    run, rest = 1, _steps(block.shape, block.tensor_strides)
+    while rest and rest[0][0] == run:
+        run *= rest.pop(0)[1]
+    return run, rest

@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import Any
 
 from inference_service.engine import PauseMode
-from inference_service.host import Host
+from inference_service.host import Host, ServingState
 from tandem.engine.v1 import engine_pb2 as pb
 from tandem.engine.v1 import engine_pb2_grpc
 from tandem.errors import invalid
@@ -17,6 +17,10 @@ PAUSE_MODES: dict[int, PauseMode] = {
     pb.PAUSE_MODE_KEEP: "keep",
     pb.PAUSE_MODE_WAIT: "wait",
     pb.PAUSE_MODE_ABORT: "abort",
+}
+#: The contract's states by the host's.
+SERVING_STATES: dict[ServingState, Any] = {
+    state: pb.ServingState.Value(f"SERVING_STATE_{state}") for state in ServingState
 }
 
 
@@ -45,10 +49,12 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
 
     async def Sleep(self, request: pb.SleepRequest, context: Any) -> pb.SleepResponse:
         await self._host.policy.engine.sleep()
+        self._host.changed()
         return pb.SleepResponse()
 
     async def WakeUp(self, request: pb.WakeUpRequest, context: Any) -> pb.WakeUpResponse:
         await self._host.policy.engine.wake_up()
+        self._host.changed()
         return pb.WakeUpResponse()
 
     async def ResetPrefixCache(
@@ -64,21 +70,23 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         return pb.LoadLoraResponse()
 
     async def UnloadLora(self, request: pb.UnloadLoraRequest, context: Any) -> pb.UnloadLoraResponse:
+        if not request.name:
+            raise invalid("name", "is required")
         await self._host.policy.engine.unload_lora(request.name)
         return pb.UnloadLoraResponse()
 
     async def GetStats(self, request: pb.GetStatsRequest, context: Any) -> pb.GetStatsResponse:
         state, reason = self._host.state()
-        policy = self._host.policy
-        response = pb.GetStatsResponse(
-            **vars(policy.engine.stats),
-            state=pb.ServingState.Value(f"SERVING_STATE_{state}"),
-            reason=reason,
-            weight_version=policy.version,
-            updates_committed=policy.committed,
-            updates_failed=policy.failed,
-            loras=sorted(policy.engine.loras),
-        )
-        response.last_update_stopped.FromTimedelta(timedelta(seconds=policy.last_stopped))
+        response = pb.GetStatsResponse(state=SERVING_STATES[state], reason=reason)
+        if (policy := self._host.loaded) is not None:
+            counters = pb.GetStatsResponse(
+                **vars(policy.engine.stats),
+                weight_version=policy.version,
+                updates_committed=policy.committed,
+                updates_failed=policy.failed,
+                loras=policy.engine.loras.names,
+            )
+            counters.last_update_stopped.FromTimedelta(timedelta(seconds=policy.last_stopped))
+            response.MergeFrom(counters)
         response.event_loop_lag.FromTimedelta(timedelta(seconds=self._lag()))
         return response

@@ -7,12 +7,14 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import aclosing
 from typing import Any, TypeVar
 
+import structlog
+
 from inference_service.host import Host
 from inference_service.rollouts import Piece, Request
 from inference_service.servicers import prompts
+from inference_service.servicers.engine import SERVING_STATES
 from inference_service.servicers.sampling import sampling_params, score_params, seeded
-from tandem.engine.v1 import engine_pb2
-from tandem.errors import ResourceExhausted, Reason, invalid
+from tandem.errors import Reason, ResourceExhausted, invalid
 from tandem.inference.v1 import inference_pb2 as pb
 from tandem.inference.v1 import inference_pb2_grpc
 
@@ -24,6 +26,7 @@ _FINISH = {
 }
 #: Large enough that a message costs little for what it carries, small enough that the first comes soon.
 _MESSAGE_BYTES = 1 << 20
+_MAX_NAME = 256
 
 Part = TypeVar("Part", pb.Rollout, pb.SequenceScore)
 
@@ -36,16 +39,19 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._limit = max_message_bytes
 
     async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:
-        policy, (state, reason) = self._host.policy, self._host.state()
+        # Who asks what is served wants to know it of a dead engine too.
+        policy, (state, reason) = self._host.loaded or self._host.policy, self._host.state()
         info = policy.engine.info
         return pb.GetModelResponse(
             **vars(info),
-            state=engine_pb2.ServingState.Value(f"SERVING_STATE_{state}"),
+            state=SERVING_STATES[state],
             reason=reason,
             weight_version=policy.version,
         )
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
+        if not request.prompts:
+            raise invalid("prompts", "at least one is required")
         ids = await prompts.token_ids(self._host.policy.engine, request.prompts)
         return pb.TokenizeResponse(prompts=[pb.TokenIds(ids=one) for one in ids])
 
@@ -53,14 +59,16 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         policy = self._host.generating()
         engine = policy.engine
         params = sampling_params(request, engine.info)
-        lora = engine.lora(request.lora) if request.lora else None
+        lora = engine.loras.get(request.lora) if request.lora else None
         seed = request.sampling.seed if request.sampling.HasField("seed") else None
-        requests, places = [], []
+        name = _name(request.request_id)
+        requests: list[Request] = []
+        places: list[tuple[int, int]] = []
         for i, prompt in enumerate(await prompts.vllm_prompts(engine, request.prompts)):
             for j in range(request.prompts[i].n or 1):
                 k = len(requests)
                 own = seeded(params, seed, k)
-                requests.append(Request(self._name(request.request_id, k), prompt, own, index=k, lora=lora))
+                requests.append(Request(f"{name}-{k}", prompt, own, index=k, lora=lora))
                 places.append((i, j))
         async with aclosing(policy.rollouts.run(requests)) as batches:
             async for batch in batches:
@@ -72,27 +80,23 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         policy = self._host.generating()
         engine = policy.engine
         params = score_params(request, engine.info)
-        lora = engine.lora(request.lora) if request.lora else None
+        lora = engine.loras.get(request.lora) if request.lora else None
         if not request.sequences:
             raise invalid("sequences", "at least one is required")
+        name = _name(request.request_id)
         requests = []
         for i, sequence in enumerate(request.sequences):
             ids = list(sequence.ids)
             if len(ids) < 2:
                 raise invalid(f"sequences[{i}]", "at least two tokens are required")
             prompts.check_ids(engine, ids, f"sequences[{i}]")
-            name = self._name(request.request_id, i)
-            requests.append(Request(name, {"prompt_token_ids": ids}, params, index=i, lora=lora))
+            requests.append(Request(f"{name}-{i}", {"prompt_token_ids": ids}, params, index=i, lora=lora))
         async with aclosing(policy.rollouts.score(requests)) as scores:
             async for index, logprobs, version in scores:
                 score = pb.SequenceScore(sequence_index=index, weight_version=version)
                 _add_logprobs(score, logprobs, request.top_logprobs, first=1)
                 for message in self._messages([score]):
                     yield pb.ScoreResponse(scores=message)
-
-    def _name(self, request_id: str, index: int) -> str:
-        # Two calls may have one name; vLLM's requests must not.
-        return f"{request_id or 'request'}-{uuid.uuid4().hex[:8]}-{index}"
 
     def _messages(self, parts: Iterable[Part]) -> Iterator[list[Part]]:
         together: list[Part] = []
@@ -101,7 +105,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             own = part.ByteSize() + 16
             if own > self._limit:
                 raise ResourceExhausted(
-                    Reason.MESSAGE_TOO_LARGE, f"one rollout or score takes {own} bytes, the limit is {self._limit}"
+                    Reason.MESSAGE_TOO_LARGE,
+                    f"one rollout or score takes {own} bytes, the limit is {self._limit}",
                 )
             if together and size + own > min(_MESSAGE_BYTES, self._limit):
                 yield together
@@ -110,6 +115,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             size += own
         if together:
             yield together
+
+
+def _name(request_id: str) -> str:
+    """A name for one call's requests. Two calls may bring the same; vLLM's requests must have their own."""
+    if len(request_id) > _MAX_NAME:
+        raise invalid("request_id", f"must have at most {_MAX_NAME} characters, has {len(request_id)}")
+    structlog.contextvars.bind_contextvars(request_id=request_id)
+    return f"{request_id or 'request'}-{uuid.uuid4().hex[:8]}"
 
 
 def _rollout(request: pb.GenerateRequest, piece: Piece, prompt_index: int, rollout_index: int) -> pb.Rollout:
@@ -137,11 +150,21 @@ def _rollout(request: pb.GenerateRequest, piece: Piece, prompt_index: int, rollo
 
 
 def _add_logprobs(part: pb.Rollout | pb.SequenceScore, flat: Any, k: int, first: int = 0) -> None:
-    """Add vLLM's FlatLogprobs. Each position's first entry is the token's own; the k most probable follow."""
-    starts = flat.start_indices[first:]
+    """Add vLLM's FlatLogprobs. A position's first entry is the token's own; the k most probable follow.
+
+    Where vLLM put two deltas together, a token that is one of the k has a single entry, the first.
+    """
+    starts, ends = flat.start_indices[first:], flat.end_indices[first:]
     part.logprobs.extend(map(flat.logprobs.__getitem__, starts))
-    if k:
-        part.top_logprobs.k = k
-        for start in starts:
-            part.top_logprobs.token_ids.extend(flat.token_ids[start + 1 : start + 1 + k])
-            part.top_logprobs.logprobs.extend(flat.logprobs[start + 1 : start + 1 + k])
+    if not k:
+        return
+    top = part.top_logprobs
+    top.k = k
+    for start, end in zip(starts, ends, strict=True):
+        if end - start > k:
+            top.token_ids.extend(flat.token_ids[start + 1 : start + 1 + k])
+            top.logprobs.extend(flat.logprobs[start + 1 : start + 1 + k])
+        else:
+            row = sorted(range(start, end), key=flat.ranks.__getitem__)
+            top.token_ids.extend(map(flat.token_ids.__getitem__, row))
+            top.logprobs.extend(map(flat.logprobs.__getitem__, row))

@@ -31,17 +31,20 @@ async def vllm_prompts(engine: Engine, prompts: Sequence[pb.Prompt]) -> list[dic
     """
     if not prompts:
         raise invalid("prompts", "at least one is required")
+    for i, asked in enumerate(prompts):
+        if asked.HasField("n") and not 1 <= asked.n <= 2**16:
+            raise invalid(f"prompts[{i}].n", f"must be from 1 to {2**16}, is {asked.n}")
     found = []
     for i, ids in enumerate(await token_ids(engine, prompts)):
-        if prompts[i].HasField("n") and not 1 <= prompts[i].n <= 2**16:
-            raise invalid(f"prompts[{i}].n", f"must be from 1 to {2**16}, is {prompts[i].n}")
         check_ids(engine, ids, f"prompts[{i}]")
         prompt: dict[str, Any] = {"prompt_token_ids": ids}
         if prompts[i].images:
             if not engine.llm.vllm_config.model_config.is_multimodal_model:
                 raise invalid(f"prompts[{i}].images", "the model has no eyes: it takes text alone")
             prompt["multi_modal_data"] = {
-                "image": [_image(data, f"prompts[{i}].images[{j}]") for j, data in enumerate(prompts[i].images)]
+                "image": [
+                    _image(data, f"prompts[{i}].images[{j}]") for j, data in enumerate(prompts[i].images)
+                ]
             }
         found.append(prompt)
     return found
@@ -83,21 +86,37 @@ async def _chat(engine: Engine, chat: pb.Chat, field: str) -> list[int]:
     for i, message in enumerate(chat.messages):
         if not message.role:
             raise invalid(f"{field}.messages[{i}].role", "is required")
-        messages.append({"role": message.role, "content": message.content} | _plain(message.fields))
-    options = _plain(chat.template_kwargs)
-    options["add_generation_prompt"] = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True
-    if chat.HasField("template"):
-        options["chat_template"] = chat.template
-    if chat.tools:
-        options["tools"] = [_plain(tool) for tool in chat.tools]
+        fields = _plain(message.fields, f"{field}.messages[{i}].fields")
+        messages.append({"role": message.role, "content": message.content} | fields)
+    variables = _plain(chat.template_kwargs, f"{field}.template_kwargs")
+    tools = [_plain(tool, f"{field}.tools[{i}]") for i, tool in enumerate(chat.tools)]
+    open_turn = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True
+    template = chat.template if chat.HasField("template") else None
     try:
-        return await engine.render(messages, **options)
+        return await engine.render(
+            messages, variables, template=template, tools=tools, add_generation_prompt=open_turn
+        )
     except InvalidArgument as error:
-        raise invalid(field, error.violations[0].description) from error
+        inner = error.violations[0]
+        raise invalid(f"{field}.{inner.field}" if inner.field else field, inner.description) from error
 
 
-def _plain(struct: Struct) -> dict[str, Any]:
-    return dict(json_format.MessageToDict(struct))
+def _plain(struct: Struct, field: str) -> dict[str, Any]:
+    try:
+        return dict(_ordered(json_format.MessageToDict(struct)))
+    except ValueError as error:  # NaN and infinity are no JSON
+        raise invalid(field, str(error)) from error
+
+
+def _ordered(value: Any) -> Any:
+    """A Struct has no order of its keys, a different one in each process, and knows floats alone. Prompts made of it
+    must be the same each time, and look as people write them.
+    """
+    if isinstance(value, dict):
+        return {key: _ordered(value[key]) for key in sorted(value)}
+    if isinstance(value, list):
+        return [_ordered(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _image(data: bytes, field: str) -> Any:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from inference_service.engine import ModelInfo, refusal
-from tandem.errors import InvalidArgument, invalid
+from inference_service.launch import ModelInfo
+from inference_service.refusals import named
+from tandem.errors import invalid
 from tandem.inference.v1 import inference_pb2 as pb
 
 _PLAIN = (
@@ -22,6 +23,7 @@ _PLAIN = (
     "skip_special_tokens",
 )
 _LISTS = ("stop", "stop_token_ids", "bad_words", "allowed_token_ids")
+_NAMES = frozenset(field.name for field in pb.SamplingParams.DESCRIPTOR.fields)
 
 
 def sampling_params(request: pb.GenerateRequest, info: ModelInfo) -> Any:
@@ -38,14 +40,14 @@ def sampling_params(request: pb.GenerateRequest, info: ModelInfo) -> Any:
     values |= {name: list(getattr(message, name)) for name in _LISTS if getattr(message, name)}
     if message.logit_bias:
         values["logit_bias"] = dict(message.logit_bias)
-    for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
-        for token in values.get(name, ()):
-            if token >= info.vocab_size:
-                raise invalid(f"sampling.{name}", f"{token} is not in the vocabulary of {info.vocab_size}")
+    _check_tokens(values, info)
     if not request.no_logprobs:
+        check_top_logprobs(message.top_logprobs, "sampling.top_logprobs", info)
         values["logprobs"] = message.top_logprobs
     elif message.top_logprobs:
         raise invalid("sampling.top_logprobs", "not with no_logprobs")
+    if request.output_mode not in pb.OutputMode.values():
+        raise invalid("output_mode", f"no OutputMode {request.output_mode}")
     deltas = request.output_mode == pb.OUTPUT_MODE_DELTAS
     try:
         return SamplingParams(
@@ -57,9 +59,9 @@ def sampling_params(request: pb.GenerateRequest, info: ModelInfo) -> Any:
             output_kind=RequestOutputKind.DELTA if deltas else RequestOutputKind.FINAL_ONLY,
         )
     except Exception as error:
-        if (refused := refusal(error)) is None:
+        if (refused := named(error, "sampling", _NAMES)) is None:
             raise
-        raise _named(refused, error) from error
+        raise refused from error
 
 
 def score_params(request: pb.ScoreRequest, info: ModelInfo) -> Any:
@@ -67,8 +69,7 @@ def score_params(request: pb.ScoreRequest, info: ModelInfo) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    if 0 <= info.max_logprobs < request.top_logprobs:
-        raise invalid("top_logprobs", f"the engine's limit is {info.max_logprobs}")
+    check_top_logprobs(request.top_logprobs, "top_logprobs", info)
     return SamplingParams(
         max_tokens=1,
         prompt_logprobs=request.top_logprobs,
@@ -81,27 +82,37 @@ def score_params(request: pb.ScoreRequest, info: ModelInfo) -> Any:
 def _structured(message: pb.SamplingParams) -> Any:
     from vllm.sampling_params import StructuredOutputsParams
 
-    output = message.structured_output
+    if not message.HasField("structured_output"):
+        return None
+    output, field = message.structured_output, "sampling.structured_output"
     match output.WhichOneof("constraint"):
         case None:
-            if message.HasField("structured_output"):
-                raise invalid("sampling.structured_output", "one of regex, json_schema, grammar, choice is required")
-            return None
+            raise invalid(field, "one of regex, json_schema, grammar, choice is required")
         case "json_schema":
             return StructuredOutputsParams(json=output.json_schema)
         case "choice":
+            if not output.choice.values:
+                raise invalid(f"{field}.choice.values", "at least one is required")
             return StructuredOutputsParams(choice=list(output.choice.values))
         case kind:
             return StructuredOutputsParams(**{kind: getattr(output, kind)})
 
 
-def _named(refused: str, error: BaseException) -> InvalidArgument:
-    """The error with the name of the parameter that vLLM's message is about."""
-    names = [field.name for field in pb.SamplingParams.DESCRIPTOR.fields]
-    parameter = getattr(error, "parameter", None)
-    words = refused.replace("`", " ").replace("'", " ").split()
-    name = next((word for word in [parameter, *words] if word in names), None)
-    return invalid(f"sampling.{name}" if name else "sampling", refused)
+def check_top_logprobs(k: int, field: str, info: ModelInfo) -> None:
+    """Refuse more than the engine gives."""
+    limit = info.vocab_size if info.max_logprobs < 0 else info.max_logprobs
+    if k > limit:
+        raise invalid(field, f"the engine's limit is {limit}, got {k}")
+
+
+def _check_tokens(values: dict[str, Any], info: ModelInfo) -> None:
+    for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+        for token in values.get(name, ()):
+            if token >= info.vocab_size:
+                raise invalid(f"sampling.{name}", f"{token} is not in the vocabulary of {info.vocab_size}")
+    for token, bias in values.get("logit_bias", {}).items():
+        if not -100 <= bias <= 100:  # vLLM adds whatever it gets, NaN too
+            raise invalid(f"sampling.logit_bias[{token}]", f"must be in [-100, 100], got {bias}")
 
 
 def seeded(params: Any, seed: int | None, index: int) -> Any:
@@ -111,5 +122,3 @@ def seeded(params: Any, seed: int | None, index: int) -> Any:
     own = params.clone()
     own.seed = (seed + index) % 2**63
     return own
-
-

@@ -5,13 +5,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 from inference_service.host import Host
 from inference_service.policy import Policy, Update
 from inference_service.servicers.engine import pause_mode
-from inference_service.sessions import SHARED, TRANSPORTS, Session
-from tandem.errors import Aborted, FailedPrecondition, Reason, TandemError, Violation, invalid
+from inference_service.sessions import SHARED, STREAM, Session
+from tandem.errors import (
+    Aborted,
+    FailedPrecondition,
+    Reason,
+    ResourceExhausted,
+    TandemError,
+    Violation,
+    invalid,
+)
 from tandem.errors import InvalidArgument as InvalidArgumentError
 from tandem.weights.v1 import weights_pb2 as pb
 from tandem.weights.v1 import weights_pb2_grpc
@@ -20,10 +28,11 @@ from weight_transfer.manifest import TensorSpec
 from weight_transfer.placement import Placement
 
 _TICKS = 8
+_TRANSPORT = {SHARED: pb.TRANSPORT_SHARED, STREAM: pb.TRANSPORT_STREAM}
 
 
 class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
-    """Steers a Host's policy. A trainer must be heard every `lease_timeout` seconds while its update is open."""
+    """Steers a Host's policy. A trainer is heard every `lease_timeout` seconds while its update is open."""
 
     def __init__(self, host: Host, lease_timeout: float, max_chunk_bytes: int) -> None:
         self._host = host
@@ -35,7 +44,8 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
         manifest = policy.manifest
         tensors = [pb.TensorSpec(name=t.name, dtype=_dtype(t.dtype), shape=t.shape) for t in manifest]
         return pb.GetManifestResponse(
-            manifest=pb.Manifest(tensors=tensors, digest=manifest.digest), engine_id=policy.engine.info.engine_id
+            manifest=pb.Manifest(tensors=tensors, digest=manifest.digest),
+            engine_id=policy.engine.info.engine_id,
         )
 
     async def OpenSession(self, request: pb.OpenSessionRequest, context: Any) -> pb.OpenSessionResponse:
@@ -44,7 +54,7 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
         response = pb.OpenSessionResponse(
             session_id=session.id,
             engine_id=policy.engine.info.engine_id,
-            transport=pb.Transport.Value(f"TRANSPORT_{session.transport.upper()}"),
+            transport=_TRANSPORT[session.transport],
             reason=session.reason,
             weight_version=policy.version,
             max_chunk_bytes=self._max_chunk_bytes,
@@ -66,14 +76,19 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
         try:
             begin = (await trainer.next()).begin
             if not begin.session_id:
-                raise FailedPrecondition(Reason.UPDATE_ORDER, "an update starts with begin, which names a session")
+                raise FailedPrecondition(
+                    Reason.UPDATE_ORDER, "an update starts with begin, which names a session"
+                )
             session = self._host.sessions.get(begin.session_id)
-            session.ended.append(trainer.gone)
             mode = pause_mode(begin.in_flight, "begin.in_flight")
-            update = await policy.begin(begin.base_version, in_place=session.transport == SHARED, in_flight=mode)
-            async with _Lease(update) as lease:
-                yield pb.UpdateWeightsResponse(ready=pb.UpdateReady())
-                yield await self._move(policy, session, lease, trainer)
+            shared = session.transport == SHARED
+            with session.watched(trainer.gone):
+                update = await policy.begin(
+                    begin.base_version, in_place=shared, in_flight=mode, writer=session if shared else None
+                )
+                async with _Lease(update) as lease:
+                    yield pb.UpdateWeightsResponse(ready=pb.UpdateReady())
+                    yield await self._move(policy, session, lease, trainer)
         finally:
             trainer.close()
 
@@ -86,6 +101,11 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
                 case "heartbeat":
                     continue
                 case "chunk":
+                    if (size := len(message.chunk.data)) > self._max_chunk_bytes:
+                        raise ResourceExhausted(
+                            Reason.MESSAGE_TOO_LARGE,
+                            f"chunk.data: {size} bytes, the session's limit is {self._max_chunk_bytes}",
+                        )
                     lease.update.chunk(message.chunk.tensor, message.chunk.offset, message.chunk.data)
                 case "commit":
                     digest = message.commit.digest if message.commit.HasField("digest") else None
@@ -139,7 +159,7 @@ class _Trainer:
     def __init__(self, messages: AsyncIterator[pb.UpdateWeightsRequest], timeout: float) -> None:
         self._messages = aiter(messages)
         self._timeout = timeout
-        self._gone: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._gone: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
     def gone(self, reason: str) -> None:
         if not self._gone.done():
@@ -151,7 +171,7 @@ class _Trainer:
         Raises:
             Aborted: LEASE_LOST, the trainer was silent for too long, ended the stream, or closed its session.
         """
-        coming = asyncio.ensure_future(anext(self._messages, None))
+        coming: asyncio.Future[Any] = asyncio.ensure_future(anext(self._messages, None))
         try:
             # In ticks: a loop that was stalled itself may not blame the trainer for the time.
             for _ in range(_TICKS):
@@ -159,9 +179,11 @@ class _Trainer:
                     {coming, self._gone}, timeout=self._timeout / _TICKS, return_when=asyncio.FIRST_COMPLETED
                 )
                 if coming.done() and (message := coming.result()) is not None:
-                    return message
+                    return cast(pb.UpdateWeightsRequest, message)
                 if coming.done() or self._gone.done():
-                    reason = self._gone.result() if self._gone.done() else "the trainer ended its update's stream"
+                    reason = (
+                        self._gone.result() if self._gone.done() else "the trainer ended its update's stream"
+                    )
                     raise Aborted(Reason.LEASE_LOST, reason)
             raise Aborted(Reason.LEASE_LOST, f"nothing was heard of the trainer for {self._timeout:g} s")
         finally:
@@ -188,8 +210,15 @@ class _Lease:
 
     async def __aexit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if not self._settled:
-            reason = error.message if isinstance(error, TandemError) else "the trainer vanished"
-            await asyncio.shield(asyncio.ensure_future(self.update.lose(reason)))
+            await self.update.lose(_why(error))
+
+
+def _why(error: BaseException | None) -> str:
+    if isinstance(error, TandemError):
+        return error.message
+    if isinstance(error, asyncio.CancelledError | GeneratorExit):
+        return "the trainer vanished"
+    return f"{type(error).__name__} in the service"
 
 
 def _version(policy: Policy) -> dict[str, Any]:
@@ -201,7 +230,7 @@ def _version(policy: Policy) -> dict[str, Any]:
 
 
 def _dtype(name: str) -> pb.Dtype:
-    return pb.Dtype.Value(f"DTYPE_{name.upper()}")
+    return cast(pb.Dtype, pb.Dtype.Value(f"DTYPE_{name.upper()}"))
 
 
 def _specs(request: pb.OpenSessionRequest) -> list[TensorSpec]:
@@ -229,10 +258,10 @@ def _identity(request: pb.OpenSessionRequest) -> ProcessIdentity:
 def _transport(request: pb.OpenSessionRequest) -> str:
     if request.transport == pb.TRANSPORT_UNSPECIFIED:
         return ""
-    names = {pb.Transport.Value(f"TRANSPORT_{name.upper()}"): name for name in TRANSPORTS}
-    if request.transport not in names:
-        raise invalid("transport", f"no transport {request.transport}")
-    return names[request.transport]
+    for name, value in _TRANSPORT.items():
+        if value == request.transport:
+            return name
+    raise invalid("transport", f"no transport {request.transport}")
 
 
 def _placement(placement: Placement, trainer_dtype: str) -> pb.Placement:

@@ -13,14 +13,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tandem.errors import FailedPrecondition
 from trainer_service.policy_tensors import policy_tensors
 
-SMALL = dict(
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    intermediate_size=48,
-    vocab_size=64,
-)
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "vocab_size": 64,
+}
 
 
 def model_of(architecture: str = "llama", dtype: torch.dtype = torch.float32, **config: object) -> nn.Module:
@@ -34,7 +34,7 @@ def adapted(model: nn.Module, **config: object) -> nn.Module:
     model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, **config))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_" in name and "magnitude" not in name or "modules_to_save" in name:
+            if ("lora_" in name and "magnitude" not in name) or "modules_to_save" in name:
                 parameter.normal_(0, 0.1)
     return model
 

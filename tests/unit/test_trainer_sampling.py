@@ -55,7 +55,10 @@ def test_none_is_unset_and_minus_one_is_all() -> None:
     [
         ({"regex": "a+"}, pb.StructuredOutput(regex="a+")),
         ({"json": {"type": "object"}}, pb.StructuredOutput(json_schema='{"type": "object"}')),
-        ({"json": '{"type": "string"}', "regex": None}, pb.StructuredOutput(json_schema='{"type": "string"}')),
+        (
+            {"json": '{"type": "string"}', "regex": None},
+            pb.StructuredOutput(json_schema='{"type": "string"}'),
+        ),
         ({"json_object": True}, pb.StructuredOutput(json_schema='{"type": "object"}')),
         ({"grammar": "root ::= x"}, pb.StructuredOutput(grammar="root ::= x")),
         ({"choice": ["a", "b"]}, pb.StructuredOutput(choice=pb.Choice(values=["a", "b"]))),
@@ -83,7 +86,10 @@ def test_structured_outputs(given: dict[str, Any], expected: pb.StructuredOutput
         ({"structured_outputs": {"regex": "a", "json": "{}"}}, "generation_kwargs.structured_outputs"),
         ({"structured_outputs": {"regex": 3}}, "generation_kwargs.structured_outputs"),
         ({"structured_outputs": {"choice": "ab"}}, "generation_kwargs.structured_outputs.choice"),
-        ({"structured_outputs": {"structural_tag": "x"}}, "generation_kwargs.structured_outputs.structural_tag"),
+        (
+            {"structured_outputs": {"structural_tag": "x"}},
+            "generation_kwargs.structured_outputs.structural_tag",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(values: dict[str, Any], field: str) -> None:

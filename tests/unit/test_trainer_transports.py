@@ -117,7 +117,9 @@ def test_other_dtypes_are_cast_into_place(dtype: torch.dtype) -> None:
 def test_what_lies_in_pieces_or_is_fresh_is_written_and_the_rest_aliased() -> None:
     transport, made, arena = shared(fragmented=["q.weight"])
     policy, parameters = sources()
-    policy = [s if s.name != "v.weight" else source_of(s.name, parameters[s.name], fresh=True) for s in policy]
+    policy = [
+        s if s.name != "v.weight" else source_of(s.name, parameters[s.name], fresh=True) for s in policy
+    ]
     transport.move(policy, no_chunk)
     assert {id(parameters[name]) for name in ("a.bias", "b.weight")} == set(transport.aliased)
     with torch.no_grad():
@@ -132,7 +134,9 @@ def test_a_parameter_that_was_given_other_memory_is_moved_back() -> None:
     transport, made, arena = shared()
     policy, parameters = sources()
     transport.move(policy, no_chunk)
-    parameters["b.weight"].data = torch.full((4, 6), 7, dtype=torch.bfloat16)  # as load_state_dict(assign=True)
+    parameters["b.weight"].data = torch.full(
+        (4, 6), 7, dtype=torch.bfloat16
+    )  # as load_state_dict(assign=True)
     assert not transport.settled(policy)
     moved = transport.move(policy, no_chunk)
     assert moved.nbytes == 48
@@ -161,8 +165,8 @@ def test_after_close_the_parameters_have_their_own_memory_and_values() -> None:
 
 
 def test_a_failure_before_the_first_write_leaves_the_engine_untouched() -> None:
-    transport, made, arena = shared()
-    policy, parameters = sources()
+    transport, _, arena = shared()
+    policy, _ = sources()
 
     def broken() -> torch.Tensor:
         raise RuntimeError("no value")

@@ -177,7 +177,8 @@ RANKS = """
     from tests.unit.test_trainer_trl_defects import RecordingClient, TrlServerMode
     from trainer_service.generation import RemoteGeneration
 
-    accelerator = Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=8))])
+    deadline = InitProcessGroupKwargs(timeout=timedelta(seconds=8))
+    accelerator = Accelerator(cpu=True, kwargs_handlers=[deadline])
     rank = accelerator.process_index
     if sys.argv[1] == "trl":
         generation = TrlServerMode(None, accelerator, None, mode="server")
@@ -207,7 +208,12 @@ def run_ranks(whose: str) -> list[tuple[int, str]]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     root = Path(__file__).parents[2]
-    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "PYTHONPATH": str(root)}
+    environment = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "PYTHONPATH": str(root),
+    }
     environment |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
     ranks = [
         subprocess.Popen(

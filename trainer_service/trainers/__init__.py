@@ -1,4 +1,4 @@
-"""TRL's online trainers with their rollouts from an inference service. Everything but the import and the address stays."""
+"""TRL's online trainers with rollouts from an inference service. All but import and address stays."""
 
 from trainer_service.trainers.grpo import GRPOTrainer
 from trainer_service.trainers.rloo import RLOOTrainer

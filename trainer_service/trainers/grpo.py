@@ -13,7 +13,12 @@ from trainer_service._trl import GRPOConfig, TrlGRPOTrainer, get_config_model_id
 from trainer_service.trainers.mixin import RemoteMixin
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+    from datasets import (  # type: ignore[import-untyped]
+        Dataset,
+        DatasetDict,
+        IterableDataset,
+        IterableDatasetDict,
+    )
     from peft import PeftConfig, PeftModel
     from transformers import (
         BitsAndBytesConfig,
@@ -30,8 +35,8 @@ logger = logging.getLogger(__name__)
 class GRPOTrainer(RemoteMixin, TrlGRPOTrainer):
     """TRL's GRPOTrainer, with rollouts from the inference service at `inference_address`.
 
-    `args.vllm_mode` "colocate" (TRL's default) needs a service on the same host, and GPU if there is one, to share its
-    memory; "server" takes any. `args.use_vllm` is not read: vLLM is in the service.
+    `args.vllm_mode` "colocate" (TRL's default) needs a service on the same host, and GPU if there is one, to
+    share its memory; "server" takes any. `args.use_vllm` is not read: vLLM is in the service.
     """
 
     _logprobs = 0  # the sampled token's, for the importance sampling correction
@@ -51,7 +56,10 @@ class GRPOTrainer(RemoteMixin, TrlGRPOTrainer):
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
         callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (
+            None,
+            None,
+        ),
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
         tools: list[Callable[..., Any]] | None = None,
@@ -99,8 +107,8 @@ class GRPOTrainer(RemoteMixin, TrlGRPOTrainer):
             info = self.vllm_generation.vllm_client.get_server_info()
             if (mode := info["model_config"]["logprobs_mode"]) != "processed_logprobs":
                 logger.warning(
-                    "The service's logprobs_mode is %s, which biases the importance sampling correction. Start it "
-                    "with processed_logprobs, or set vllm_importance_sampling_correction=False.",
+                    "The service's logprobs_mode is %s, which biases the importance sampling correction. "
+                    "Start it with processed_logprobs, or set vllm_importance_sampling_correction=False.",
                     mode,
                 )
 
@@ -114,4 +122,6 @@ def _check_vespo(args: GRPOConfig) -> None:
         and args.vllm_importance_sampling_mode not in allowed
     ):
         mode = args.vllm_importance_sampling_mode
-        raise invalid("vllm_importance_sampling_mode", f"VESPO needs one of {', '.join(allowed)}, not {mode!r}")
+        raise invalid(
+            "vllm_importance_sampling_mode", f"VESPO needs one of {', '.join(allowed)}, not {mode!r}"
+        )

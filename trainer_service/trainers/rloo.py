@@ -10,7 +10,12 @@ from trainer_service._trl import RLOOConfig, TrlRLOOTrainer, get_config_model_id
 from trainer_service.trainers.mixin import RemoteMixin
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+    from datasets import (  # type: ignore[import-untyped]
+        Dataset,
+        DatasetDict,
+        IterableDataset,
+        IterableDatasetDict,
+    )
     from peft import PeftConfig, PeftModel
     from transformers import (
         BitsAndBytesConfig,
@@ -40,7 +45,10 @@ class RLOOTrainer(RemoteMixin, TrlRLOOTrainer):
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
         callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (
+            None,
+            None,
+        ),
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
         *,

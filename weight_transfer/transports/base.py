@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 class SourceTensor:
     """One tensor of the policy as the trainer holds it.
 
-    `read` returns its value now, of the spec's dtype and shape; the result may be fresh memory, and is dropped before
-    the next tensor is read. `parameter` is set where the value is a parameter of the model as it stands, which may
-    therefore become a view of the engine's memory.
+    `read` returns its value now, of the spec's dtype and shape; the result may be fresh memory, and is
+    dropped before the next tensor is read. `parameter` is set where the value is a parameter of the model as
+    it stands, which may therefore become a view of the engine's memory.
     """
 
     spec: TensorSpec
@@ -34,7 +34,7 @@ class SourceTensor:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of a tensor: its index in the manifest, the first byte, and bytes in the engine's dtype, row-major."""
+    """A piece of a tensor: index in the manifest, first byte, and row-major bytes in the engine's dtype."""
 
     tensor: int
     offset: int
@@ -43,7 +43,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Moved:
-    """What one update moved: bytes in the engine's dtype, and the digest of the whole policy where any did."""
+    """What one update moved: bytes in the engine's dtype, and the whole policy's digest where any did."""
 
     nbytes: int
     digest: int | None
@@ -93,4 +93,4 @@ class WeightTransport(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the engine's memory. Parameters that were part of it get their own, with the same values."""
+        """Let go of the engine's memory. Parameters in it get their own, with the same values."""

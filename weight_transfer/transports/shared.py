@@ -100,7 +100,8 @@ class SharedTransport(WeightTransport):
             self._connection = None
 
     def _in_place(self, source: SourceTensor) -> bool:
-        """Whether the source is the engine's memory already. A parameter may have been given other memory since."""
+        """Whether the source is the engine's memory already. A parameter may have been given other memory
+        since."""
         if source.parameter is None or id(source.parameter) not in self._aliased:
             return False
         place = self._placements[source.name]

@@ -35,7 +35,7 @@ class StreamTransport(WeightTransport):
         dtype = getattr(torch, self._manifest.tensors[index].dtype)
         value = source.read().detach().to(device="cpu", dtype=dtype).contiguous()
         parts[index] = digests.digest_tensor(value)
-        raw = memoryview(value.reshape(-1).view(torch.uint8).numpy())
+        raw = value.reshape(-1).view(torch.uint8).numpy().data
         for start in range(0, len(raw), self._max_chunk_bytes):
             send(Chunk(index, start, bytes(raw[start : start + self._max_chunk_bytes])))
         return len(raw)

@@ -1,0 +1,136 @@
+"""LoRA adapters in the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from inference_service.refusals import one_line
+from tandem.errors import FailedPrecondition, NotFound, Reason, invalid
+
+_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+@dataclass
+class Adapter:
+    """One that was loaded. `request` is vLLM's name for it."""
+
+    request: Any
+    users: int = 0
+    retired: bool = False
+
+
+class Loras:
+    """The adapters that rollouts can ask for by name.
+
+    Each is kept as a copy: vLLM reads an adapter's folder again whenever it made room for another meanwhile, and dies
+    if it is not there any more. The copy's path, which is never used twice, also keeps the prefixes apart that were
+    cached with different weights under one name. What runs with an adapter that is replaced or unloaded ends with it.
+    """
+
+    def __init__(self, llm: Any) -> None:
+        self._llm = llm
+        self._adapters: dict[str, Adapter] = {}
+        self._ids = itertools.count(1)
+        self._folder = tempfile.mkdtemp(prefix="tandem-loras-")
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the loaded adapters, sorted."""
+        return sorted(self._adapters)
+
+    def get(self, name: str) -> Adapter:
+        """A loaded adapter.
+
+        Raises:
+            FailedPrecondition: LORA_OFF. NotFound: LORA_NOT_FOUND.
+        """
+        self._check_on()
+        if name not in self._adapters:
+            raise NotFound(Reason.LORA_NOT_FOUND, f"no adapter {name!r} is loaded", metadata={"lora": name})
+        return self._adapters[name]
+
+    async def load(self, name: str, path: str) -> None:
+        """Load the adapter in the folder `path`, in place of any of that name.
+
+        Raises:
+            FailedPrecondition: LORA_OFF. InvalidArgument: there is no adapter, or not one that vLLM can use.
+        """
+        from vllm.lora.request import LoRARequest
+
+        self._check_on()
+        number = next(self._ids)
+        request = LoRARequest(name, number, os.path.join(self._folder, str(number)))
+        adapter = Adapter(request)
+        try:
+            await asyncio.to_thread(_copy, path, request.lora_path)
+            try:
+                await self._llm.add_lora(request)
+            except Exception as error:  # utility calls lose the type on their way
+                if self._llm.errored:
+                    raise
+                raise invalid("path", one_line(error)) from error
+        except BaseException:
+            self._retire(adapter)
+            raise
+        old, self._adapters[name] = self._adapters.get(name), adapter
+        if old is not None:
+            self._retire(old)
+
+    async def unload(self, name: str) -> None:
+        """Forget an adapter. Raises as `get` does."""
+        adapter = self.get(name)
+        del self._adapters[name]
+        self._retire(adapter)
+        if not adapter.users:
+            await self._llm.remove_lora(adapter.request.lora_int_id)
+
+    @contextlib.contextmanager
+    def using(self, adapter: Adapter) -> Iterator[None]:
+        """Keep an adapter while a rollout runs with it."""
+        adapter.users += 1
+        try:
+            yield
+        finally:
+            adapter.users -= 1
+            if adapter.retired:
+                self._retire(adapter)
+
+    def close(self) -> None:
+        """Remove the copies."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _check_on(self) -> None:
+        if self._llm.vllm_config.lora_config is None:
+            raise FailedPrecondition(Reason.LORA_OFF, "start the engine with enable_lora to use adapters")
+
+    def _retire(self, adapter: Adapter) -> None:
+        adapter.retired = True
+        if not adapter.users:  # vLLM itself forgets it in favour of newer ones
+            shutil.rmtree(adapter.request.lora_path, ignore_errors=True)
+
+
+def _copy(path: str, to: str) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    for name in _FILES:
+        if not os.path.isfile(os.path.join(path, name)):
+            raise invalid("path", f"no {name} in {path!r}")
+    os.makedirs(to, mode=0o700)
+    for name in _FILES:
+        shutil.copyfile(os.path.join(path, name), os.path.join(to, name))
+    try:
+        with safe_open(os.path.join(to, _FILES[1]), "pt") as file:
+            names = list(file.keys())
+    except SafetensorError as error:
+        raise invalid("path", f"{_FILES[1]} cannot be read: {one_line(error)}") from error
+    if any("lm_head" in name for name in names):
+        # vLLM gives prompt logprobs, which Score asks for, without the adapter's share in the logits.
+        raise invalid("path", "the adapter changes lm_head, which is not supported")

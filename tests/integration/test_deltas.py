@@ -1,0 +1,237 @@
+"""Streams: deltas, message sizes, slow readers, and callers that leave."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+import pytest
+from transformers import AutoTokenizer
+
+from tandem.errors import DeadlineExceeded, Reason, ResourceExhausted
+from tandem.inference.v1 import inference_pb2 as pb
+from tests.integration.calls import (
+    LONG,
+    Reading,
+    generate,
+    idle,
+    ids,
+    joined,
+    one,
+    refused,
+    request,
+    score,
+    spans,
+    stats,
+    until,
+)
+from tests.services import Service
+
+DELTAS = pb.OUTPUT_MODE_DELTAS
+
+
+def deltas(service: Service, *prompts: pb.Prompt, **fields: Any) -> list[pb.Rollout]:
+    reading = Reading(service, request(*prompts, output_mode=DELTAS, **fields))
+    pieces = reading.end()
+    assert reading.error is None
+    return pieces
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"sampling": {"seed": 5, "top_logprobs": 3} | LONG},
+        {"sampling": {"seed": 5, "max_tokens": 100}, "include_text": True, "include_prompt_token_ids": True},
+        {"sampling": {"temperature": 0, "stop": ["e", "qq"]} | LONG, "include_text": True},
+        {"sampling": {"seed": 5, "allowed_token_ids": list(range(100, 259))} | LONG, "include_text": True},
+        {"sampling": {"seed": 5, "max_tokens": 1}},
+        {"sampling": {"seed": 5} | LONG, "no_logprobs": True},
+    ],
+    ids=["logprobs", "text", "stop-string", "split-characters", "one-token", "no-logprobs"],
+)
+def test_deltas_make_up_the_finished_rollouts(exact: Service, fields: dict[str, Any]) -> None:
+    prompts = [ids([5], 3), ids(list(range(3, 150)), 2)]
+    whole = generate(exact, *prompts, **fields)
+    pieces = deltas(exact, *prompts, **fields)
+    together = joined(pieces)
+    if fields["sampling"]["max_tokens"] > 1:
+        assert len(pieces) > 3 * len(whole)  # they did come bit by bit
+    assert together.keys() == whole.keys()
+    for place, rollout in whole.items():
+        assert list(together[place].logprobs) == pytest.approx(list(rollout.logprobs), abs=1e-4)
+        top, top_together = rollout.top_logprobs.logprobs, together[place].top_logprobs.logprobs
+        assert list(top_together) == pytest.approx(list(top), abs=1e-4)
+        for found in (rollout, together[place]):
+            found.num_cached_prompt_tokens = 0  # the second call finds more in the cache
+            del found.logprobs[:], found.top_logprobs.logprobs[:]
+        assert together[place] == rollout
+    for piece in pieces:
+        assert sum(span.num_tokens for span in piece.version_spans) == len(piece.token_ids)
+        assert len(piece.logprobs) == (0 if fields.get("no_logprobs") else len(piece.token_ids))
+        k = fields["sampling"].get("top_logprobs", 0)
+        assert len(piece.top_logprobs.token_ids) == k * len(piece.token_ids)
+    firsts = {(piece.prompt_index, piece.rollout_index): piece for piece in reversed(pieces)}
+    asked = fields.get("include_prompt_token_ids", False)
+    assert [piece for piece in pieces if piece.prompt_token_ids] == (
+        [piece for piece in pieces if any(piece is firsts[i, 0] for i in range(2))] if asked else []
+    )
+
+
+def test_text_never_shows_half_a_character(exact: Service, checkpoints: dict[str, Path]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(checkpoints["llama"])
+    snowman = tokenizer("☃")["input_ids"]
+    assert len(snowman) == 3
+    regex = {"structured_output": pb.StructuredOutput(regex="☃{40}"), "max_tokens": 200}
+    pieces = deltas(exact, ids([5]), sampling=regex, include_text=True)
+    assert len(pieces) > 40
+    assert {character for piece in pieces for character in piece.text} == {"☃"}
+    assert joined(pieces)[0, 0].text == "☃" * 40
+
+
+def test_the_first_token_comes_before_the_last(exact: Service) -> None:
+    reading = Reading(exact, request(ids([5]), sampling=LONG, output_mode=DELTAS))
+    until(lambda: reading.pieces, 10, "a first piece")
+    assert reading.num_tokens < 200
+    assert not reading.pieces[0].finish_reason
+    assert joined(reading.end())[0, 0].finish_reason == pb.FINISH_REASON_LENGTH
+
+
+def test_5000_rollouts_come_in_messages_under_the_limit(exact: Service) -> None:
+    """64 KiB is this service's limit, and all the rollouts together are many times that."""
+    sampling = {"max_tokens": 3, "seed": 1, "top_logprobs": 10}
+    asked = request(*[ids([5, 6, 7, 8], 50) for _ in range(100)], sampling=sampling, include_text=True)
+    places: set[tuple[int, int]] = set()
+    sizes = []
+    for message in exact.inference.Generate(asked, timeout=120):
+        if len(sizes) < 20:
+            time.sleep(0.05)  # so that more is ready than fits into one message
+        sizes.append(message.ByteSize())
+        for rollout in message.rollouts:
+            place = rollout.prompt_index, rollout.rollout_index
+            assert place not in places
+            assert rollout.finish_reason
+            assert len(rollout.logprobs) == len(rollout.token_ids)
+            places.add(place)
+    assert places == {(i, j) for i in range(100) for j in range(50)}
+    assert 32768 < max(sizes) <= 65536
+    assert sum(sizes) > 10 * 65536
+    idle(exact)
+
+
+def test_scores_come_in_messages_under_the_limit(exact: Service) -> None:
+    sequences = [[5, *range(3, 253)] for _ in range(40)]
+    asked = pb.ScoreRequest(sequences=[pb.TokenIds(ids=s) for s in sequences], top_logprobs=20)
+    sizes = [message.ByteSize() for message in exact.inference.Score(asked, timeout=60)]
+    assert max(sizes) <= 65536
+    assert sum(sizes) > 10 * 65536
+    assert len(score(exact, *sequences)) == 40
+
+
+def test_what_alone_is_larger_than_a_message_is_an_error(exact: Service) -> None:
+    sampling = {"top_logprobs": 259} | LONG
+    for call in (
+        lambda: exact.inference.Generate(request(ids([5]), sampling=sampling), timeout=30),
+        lambda: exact.inference.Score(
+            pb.ScoreRequest(sequences=[pb.TokenIds(ids=[5] * 200)], top_logprobs=259), timeout=30
+        ),
+    ):
+        error = refused(call)
+        assert isinstance(error, ResourceExhausted)
+        assert error.reason == Reason.MESSAGE_TOO_LARGE
+        assert "65536" in error.message
+    # In pieces it fits.
+    pieces = deltas(exact, ids([5]), sampling=sampling)
+    assert len(joined(pieces)[0, 0].top_logprobs.token_ids) == 259 * 200
+    idle(exact)
+
+
+def test_a_slow_reader_holds_up_nobody_but_itself(exact: Service) -> None:
+    """It reads one message of a large answer and then none: the rest waits in the service, bounded, and others go on."""
+    memory = psutil.Process(exact.process.pid).memory_info
+    idle(exact)
+    before, generated = memory().rss, stats(exact).tokens_generated
+    asked = request(*[ids([5], 64) for _ in range(4)], sampling=LONG | {"top_logprobs": 20})
+    slow = exact.inference.Generate(asked, timeout=60)
+    next(slow)
+    until(lambda: stats(exact).tokens_generated - generated == 256 * 200, 30, "all is computed")
+    for _ in range(3):
+        begin = time.monotonic()
+        assert len(one(exact, ids([6]), sampling={"max_tokens": 4, "ignore_eos": True}).token_ids) == 4
+        assert time.monotonic() - begin < 2
+    assert memory().rss - before < 200 << 20
+    rest = [rollout for message in slow for rollout in message.rollouts]  # nothing was lost
+    assert 200 < len(rest) < 256
+    assert all(len(rollout.token_ids) == 200 for rollout in rest)
+
+
+def test_a_slow_reader_of_deltas_gets_larger_ones(exact: Service) -> None:
+    """vLLM puts deltas together that nobody took. They are the same tokens, with the same logprobs."""
+    fields: dict[str, Any] = {"sampling": LONG | {"top_logprobs": 20, "seed": 9}}
+    prompts = [ids([5], 32), ids([6], 32)]
+    whole = generate(exact, *prompts, **fields)
+    slow = exact.inference.Generate(request(*prompts, output_mode=DELTAS, **fields), timeout=60)
+    pieces = list(next(slow).rollouts)
+    time.sleep(1.0)
+    for message in slow:
+        assert message.ByteSize() <= 65536
+        pieces.extend(message.rollouts)
+    assert max(len(piece.token_ids) for piece in pieces) > 5
+    together = joined(pieces)
+    assert together.keys() == whole.keys()
+    for place, rollout in whole.items():
+        slowly = together[place]
+        assert slowly.token_ids == rollout.token_ids
+        assert spans(slowly) == spans(rollout)
+        assert list(slowly.logprobs) == pytest.approx(list(rollout.logprobs), abs=1e-4)
+        rows, wanted = slowly.top_logprobs, rollout.top_logprobs
+        assert list(rows.logprobs) == pytest.approx(list(wanted.logprobs), abs=1e-4)
+        # Two tokens may be closer than the noise, and change places.
+        assert sum(a != b for a, b in zip(rows.token_ids, wanted.token_ids, strict=True)) < 20
+
+
+@pytest.mark.parametrize("mode", [DELTAS, pb.OUTPUT_MODE_FINISHED])
+def test_a_caller_that_leaves_takes_its_rollouts_along(exact: Service, mode: pb.OutputMode.ValueType) -> None:
+    before = stats(exact).rollouts_finished
+    call = exact.inference.Generate(request(ids([5], 200), sampling=LONG, output_mode=mode), timeout=60)
+    until(lambda: stats(exact).num_running, 10, "rollouts run")
+    call.cancel()
+    idle(exact, seconds=2)
+    assert stats(exact).rollouts_finished - before < 200
+
+
+def test_a_deadline_takes_its_rollouts_along(exact: Service) -> None:
+    error = refused(lambda: exact.inference.Generate(request(ids([5], 600), sampling=LONG), timeout=0.5))
+    assert isinstance(error, DeadlineExceeded)
+    idle(exact, seconds=2)
+
+
+def test_a_lost_connection_takes_its_rollouts_along(exact: Service) -> None:
+    from tandem.inference.v1.inference_pb2_grpc import InferenceServiceStub
+    from tandem.rpc import connect
+
+    channel = connect(exact.address)
+    call = InferenceServiceStub(channel).Generate(request(ids([5], 200), sampling=LONG), timeout=60)
+    until(lambda: stats(exact).num_running, 10, "rollouts run")
+    channel.close()
+    idle(exact, seconds=2)
+    assert call.cancelled() or call.code() != grpc.StatusCode.OK
+
+
+def test_callers_that_leave_at_any_moment_leave_nothing(exact: Service) -> None:
+    """Among the moments are those in which requests are on their way into the engine."""
+    for i in range(60):
+        prompts = [ids([5], 8), ids([6], 8)] if i % 2 else [ids(list(range(3, 103)), 16)]
+        call = exact.inference.Generate(request(*prompts, sampling=LONG), timeout=60)
+        time.sleep(i * 0.0005)
+        call.cancel()
+    scores = [
+        exact.inference.Score(pb.ScoreRequest(sequences=[pb.TokenIds(ids=[5] * 250)] * 20), timeout=60)
+        for _ in range(10)
+    ]
+    for call in scores:
+        call.cancel()
+    idle(exact)
+    assert len(one(exact, ids([5]), sampling=LONG).token_ids) == 200

@@ -1,0 +1,196 @@
+"""Training over a real engine that dies, a trainer that stalls, and several ranks."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import textwrap
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from tandem.weights.v1 import weights_pb2 as pb
+from tests.services import Service, inference_service
+from tests.trainers import assert_same_bits, make, model_of
+
+pytestmark = pytest.mark.filterwarnings("default:::(trl|transformers|accelerate|peft|torch|datasets)")
+
+
+@pytest.fixture(scope="module")
+def service(checkpoints: dict[str, Path]) -> Iterator[Service]:
+    with (
+        tempfile.TemporaryDirectory(prefix="tdm") as folder,
+        inference_service(checkpoints["llama"], Path(folder)) as service,
+    ):
+        yield service
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_training_goes_on_after_kill_9_of_the_service(
+    checkpoints: dict[str, Path], socket_folder: Path, tmp_path: Path, mode: str
+) -> None:
+    with ExitStack() as lives:
+
+        def start(wait: bool) -> Service:
+            return lives.enter_context(inference_service(checkpoints["llama"], socket_folder, wait=wait))
+
+        services = [start(wait=True)]
+
+        class Kill(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                if state.global_step == 2:
+                    services[0].process.kill()
+                    services[0].process.wait()
+                    services.append(start(wait=False))  # as a supervisor does
+
+        model = model_of(checkpoints["llama"], torch.bfloat16)
+        trainer = make(
+            "grpo",
+            services[0],
+            model,
+            tmp_path,
+            vllm_mode=mode,
+            max_steps=4,
+            callbacks=[Kill()],
+            vllm_server_timeout=90,
+        )
+        trainer.train()
+        assert trainer.state.global_step == 4
+        assert trainer.policy_weights.aliased == (mode == "colocate")
+        engine_ids = {trainer.policy_weights.engine_id}
+        trainer.vllm_generation.sync_weights()
+        assert_same_bits(services[1], model)
+        assert engine_ids == {trainer.policy_weights.engine_id}
+        trainer.close()
+
+
+def test_a_trainer_that_stalls_in_a_step_loses_its_lease_and_makes_up_for_it(
+    service: Service, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    import ctypes
+
+    held = ctypes.PyDLL(None)  # its calls keep the interpreter's lock: no thread of ours can send a heartbeat
+    states: list[int] = []
+
+    class Stalling(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            result = super().step(closure)
+            if not states:
+                held.usleep(4_500_000)
+                now = service.weights.GetWeightVersion(pb.GetWeightVersionRequest(), timeout=10)
+                states.append(now.state)
+            return result
+
+    model = model_of(checkpoints["llama"], torch.bfloat16)
+    optimizer = Stalling(model.parameters(), lr=0.1)
+    trainer = make("grpo", service, model, tmp_path, max_steps=3, optimizers=(optimizer, None))
+    trainer.train()
+    assert states == [pb.WEIGHT_STATE_TORN]
+    assert trainer.state.global_step == 3
+    assert_same_bits(service, model)
+    trainer.close()
+
+
+RANK = """
+    import json, os, sys
+    import torch
+    from accelerate.utils import gather_object
+    from pathlib import Path
+    from types import SimpleNamespace
+    from tests.trainers import make, model_of
+
+    address, checkpoint, folder, mode = sys.argv[1:]
+    model = model_of(Path(checkpoint), torch.bfloat16)
+    trainer = make("grpo", SimpleNamespace(address=address), model, Path(folder), vllm_mode=mode,
+                   per_device_train_batch_size=4, ddp_backend="gloo", ddp_find_unused_parameters=False)
+    assert trainer.accelerator.num_processes == 2
+    trainer.train()
+    rank = trainer.accelerator.process_index
+    assert (trainer.policy_weights is not None) == (rank == 0)
+    trainer.vllm_generation.sync_weights()
+    # As in a tool loop: ranks call as often as they need, with as many rows as they need.
+    rows = [[10, 20, 30], [40, 50], [60, 70, 80], [90]]
+    turns = [[rows[2], rows[3]]]
+    if rank == 0:
+        turns = [[rows[0]], [rows[1], rows[2]], [rows[3], rows[0], rows[1]]]
+    generation, answers = trainer.vllm_generation, []
+    for turn in turns:
+        _, completions, logprobs, _ = generation.generate(turn, None, 1)
+        answers += zip(turn, completions, [[at[0] for at in row] for row in logprobs], strict=True)
+    # Then everybody meets again.
+    everybody = gather_object([answers])
+    assert [len(answers) for answers in everybody] == [6, 2]
+    for row, completion, logprobs in answers:
+        (score,) = generation.client.score([row + completion])
+        off = max(abs(a - b) for a, b in zip(score.logprobs[len(row) - 1:], logprobs, strict=True))
+        assert off < 0.2, f"sampled from another prompt than {row}"
+    weights = [value for value in gather_object([sum(p.double().sum().item() for p in model.parameters())])]
+    assert weights[0] == weights[1]
+    print("VERSION", trainer.vllm_generation._version)
+    trainer.close()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_two_ranks_train_and_call_as_they_like(
+    service: Service, checkpoints: dict[str, Path], tmp_path: Path, mode: str
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    common |= {
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+    ranks = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                textwrap.dedent(RANK),
+                service.address,
+                str(checkpoints["llama"]),
+                str(tmp_path),
+                mode,
+            ],
+            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n\n".join(output[-3000:] for output in outputs)
+    versions = {line for output in outputs for line in output.splitlines() if line.startswith("VERSION")}
+    assert len(versions) == 1, "all ranks know the version that was synced"
+
+
+def test_a_failed_sync_is_an_error_on_every_rank(
+    service: Service, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    # One process: the error itself. What the others are told is broadcast with it.
+    trainer = make(
+        "grpo", service, model_of(checkpoints["llama"], torch.float32), tmp_path, vllm_mode="server"
+    )
+    trainer.model.model.norm.weight.ds_id = 1
+    with pytest.raises(RuntimeError, match=r"model\.norm\.weight is sharded"):
+        trainer.train()
+    trainer.close()

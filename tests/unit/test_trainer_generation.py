@@ -1,0 +1,195 @@
+"""What TRL gets from our generation, and what it does when the service fails."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from accelerate import Accelerator
+from PIL import Image
+
+from tandem.errors import FailedPrecondition, InvalidArgument, Reason, ResourceExhausted, Unavailable
+from tandem.inference.v1 import inference_pb2 as pb
+from trainer_service.client import Group
+from trainer_service.generation import SEEDS_PER_RANK, RemoteGeneration
+
+ACCELERATOR = Accelerator(cpu=True)
+
+
+class Service:
+    """What RemoteGeneration needs of a client. `answer` makes the rollouts of a group."""
+
+    def __init__(self, answer: Callable[[Group], list[pb.Rollout]] | None = None) -> None:
+        self.answer = answer or (lambda group: [rollout(list(group.token_ids[:1]))] * group.n)
+        self.calls: list[tuple[list[Group], pb.SamplingParams, bool]] = []
+        self.errors: list[Exception] = []
+        self.waited = 0
+
+    def wait_until_serving(self, timeout_s: float) -> pb.GetModelResponse:
+        self.waited += 1
+        return pb.GetModelResponse(max_model_len=64, logprobs_mode="raw_logprobs")
+
+    def generate(
+        self, groups: list[Group], sampling: pb.SamplingParams, logprobs: bool
+    ) -> list[list[pb.Rollout]]:
+        self.calls.append((groups, sampling, logprobs))
+        if self.errors:
+            raise self.errors.pop(0)
+        return [self.answer(group) for group in groups]
+
+
+class Weights:
+    """What RemoteGeneration needs of PolicyWeights."""
+
+    def __init__(self, version: int = 3) -> None:
+        self.weight_version = version
+        self.synced = 0
+        self.history: list[Any] = []
+        self.committed = 0
+
+    def sync(self) -> None:
+        self.synced += 1
+
+
+def rollout(ids: list[int], version: int = 3, **fields: Any) -> pb.Rollout:
+    spans = [pb.VersionSpan(weight_version=version, num_tokens=len(ids))]
+    fields.setdefault("logprobs", [-0.5] * len(ids))
+    return pb.Rollout(token_ids=ids, version_spans=spans, **fields)
+
+
+def generation(service: Service, weights: Weights | None = None, **options: Any) -> RemoteGeneration:
+    return RemoteGeneration(None, ACCELERATOR, None, client=service, weights=weights, **options)
+
+
+def test_the_two_places_where_trl_looks_inside() -> None:
+    made = generation(Service())
+    assert made.llm.llm_engine.model_config.max_model_len == 64
+    assert made.vllm_client.get_server_info()["model_config"]["logprobs_mode"] == "raw_logprobs"
+    assert generation(Service(), max_model_length=32).llm.llm_engine.model_config.max_model_len == 32
+    with pytest.raises(InvalidArgument, match="vllm_max_model_length"):
+        generation(Service(), max_model_length=65)
+
+
+def test_no_logprobs_where_none_are_wanted() -> None:
+    service = Service(lambda group: [rollout([1, 2], logprobs=[])] * group.n)
+    assert generation(service, logprobs=None).generate([[1]], None, 1) == ([[1]], [[1, 2]], None, None)
+    assert service.calls[0][2] is False
+
+
+def test_top_logprobs_are_sorted_and_have_the_sampled_token() -> None:
+    top = pb.TopLogprobs(k=2, token_ids=[7, 8, 7, 8], logprobs=[-0.25, -1.5, -0.125, -3.0])
+    service = Service(lambda group: [rollout([8, 9], logprobs=[-1.5, -4.0], top_logprobs=top)])
+    _, _, logprobs, ids = generation(service, logprobs=2).generate([[1]], None, 1)
+    assert ids == [[[7, 8], [7, 8, 9]]]
+    assert logprobs == [[[-0.25, -1.5], [-0.125, -3.0, -4.0]]]
+    assert service.calls[0][1].top_logprobs == 2
+
+
+def test_nan_is_none_as_trl_has_it() -> None:
+    service = Service(lambda group: [rollout([5, 6], logprobs=[math.nan, -1.0])])
+    assert generation(service).generate([[1]], None, 1)[2] == [[[None], [-1.0]]]
+
+
+def test_images_are_part_of_what_is_equal() -> None:
+    red, blue, red_again = (Image.new("RGB", (4, 4), color) for color in ("red", "blue", "red"))
+    service = Service()
+    generation(service).generate([[1], [1], [1], [1]], [[red], [blue], [red_again], None], 4)
+    groups = service.calls[0][0]
+    assert [(group.n, len(group.images)) for group in groups] == [(2, 1), (1, 1), (1, 0)]
+    decoded = Image.open(io.BytesIO(groups[1].images[0]))
+    assert (decoded.size, decoded.getpixel((0, 0))) == ((4, 4), (0, 0, 255))
+
+
+def test_sampling_is_trls_and_generation_kwargs_win() -> None:
+    service = Service()
+    generation(
+        service,
+        temperature=0.5,
+        top_p=0.75,
+        top_k=9,
+        min_p=None,
+        repetition_penalty=1.25,
+        max_completion_length=11,
+        generation_kwargs={"temperature": 2.0, "stop": ["x"], "structured_outputs": {"json": {}}},
+        structured_outputs_regex="a+",
+    ).generate([[1]], None, 1)
+    assert service.calls[0][1] == pb.SamplingParams(
+        temperature=2.0,
+        top_p=0.75,
+        top_k=9,
+        repetition_penalty=1.25,
+        max_tokens=11,
+        top_logprobs=0,
+        stop=["x"],
+        structured_output=pb.StructuredOutput(regex="a+"),
+    )
+
+
+def test_unknown_generation_kwargs_are_told_at_once() -> None:
+    with pytest.raises(InvalidArgument, match="use_beam_search"):
+        generation(Service(), generation_kwargs={"use_beam_search": True})
+
+
+def test_ranks_sample_with_seeds_of_their_own() -> None:
+    class Rank(Accelerator):
+        process_index = 2
+
+    service = Service()
+    made = RemoteGeneration(
+        None, Rank(cpu=True), None, client=service, weights=None, generation_kwargs={"seed": 5}
+    )
+    made.generate([[1]], None, 1)
+    assert service.calls[0][1].seed == 5 + 2 * SEEDS_PER_RANK
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        Unavailable(Reason.UNREACHABLE, "gone"),
+        Unavailable(Reason.ENGINE_TORN, "torn"),
+        Unavailable(Reason.ENGINE_DEAD, "dead"),
+    ],
+    ids=lambda error: str(error.reason),
+)
+def test_an_engine_that_went_away_is_given_the_weights_anew(error: Exception) -> None:
+    service, weights = Service(), Weights()
+    service.errors = [error]
+    assert generation(service, weights).generate([[1]], None, 1)[1] == [[1]]
+    assert (weights.synced, len(service.calls)) == (1, 2)
+
+
+def test_rollouts_of_another_version_are_never_returned() -> None:
+    versions = [1, 3]  # of the checkpoint, in an engine that was started again; then ours
+    service, weights = Service(lambda group: [rollout([1], versions.pop(0))]), Weights()
+    assert generation(service, weights).generate([[1]], None, 1)[1] == [[1]]
+    assert weights.synced == 1
+
+    mixed = pb.Rollout(token_ids=[1, 2], logprobs=[0, 0])
+    mixed.version_spans.add(weight_version=2, num_tokens=1)
+    mixed.version_spans.add(weight_version=3, num_tokens=1)
+    with pytest.raises(FailedPrecondition, match=r"versions \[2, 3\], not of 3"):
+        generation(Service(lambda group: [mixed]), Weights()).generate([[1]], None, 1)
+
+
+def test_aborted_rollouts_are_sampled_again() -> None:
+    answers = [rollout([4], finish_reason=pb.FINISH_REASON_ABORTED), rollout([5])]
+    service = Service(lambda group: [answers.pop(0)])
+    assert generation(service, Weights()).generate([[1]], None, 1)[1] == [[5]]
+
+
+def test_a_full_queue_is_waited_for() -> None:
+    service, weights = Service(), Weights()
+    service.errors = [ResourceExhausted(Reason.QUEUE_FULL, "full", retry_after=0.01)]
+    assert generation(service, weights).generate([[1]], None, 1)[1] == [[1]]
+    assert weights.synced == 0
+
+
+def test_what_trying_again_does_not_change_is_raised_at_once() -> None:
+    service = Service()
+    service.errors = [InvalidArgument(Reason.PROMPT_TOO_LONG, "too long")]
+    with pytest.raises(InvalidArgument, match="too long"):
+        generation(service, Weights()).generate([[1]], None, 1)
+    assert len(service.calls) == 1

@@ -1,0 +1,126 @@
+"""The inference service's real weight plane in a process of its own, around an engine that computes nothing.
+
+For what trainers do when services vanish and come back: a real engine takes many seconds to start again. A
+fork server that has everything imported makes that a tenth of one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import multiprocessing
+import os
+import signal
+import uuid
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from inference_service.arenas import EngineArenas
+from inference_service.launch import ModelInfo
+from inference_service.host import Host
+from inference_service.policy import Policy
+from inference_service.servicers.inference import InferenceServicer
+from inference_service.servicers.weights import WeightServicer
+from inference_service.sessions import Sessions
+from tandem.inference.v1 import inference_pb2_grpc
+from tandem.rpc import Serving, ServingConfig
+from tandem.weights.v1 import weights_pb2_grpc
+from weight_transfer.arena import Arena, align
+from weight_transfer.manifest import TensorSpec
+from weight_transfer.placement import Block, Placement, contiguous_strides
+
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["tests.weight_service"])
+
+
+def network(dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """The model that the engine is of. Always with the same values."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4, bias=False)).to(dtype)
+
+
+class IdleEngine:
+    """An engine that has weights, can be stopped, and generates nothing."""
+
+    def __init__(self) -> None:
+        self.info = ModelInfo("idle", uuid.uuid4().hex, 64, 64, "bfloat16", "processed_logprobs", 20, "none")
+        self.dead = self.asleep = False
+        self.holders: set[str] = set()
+        self.llm = SimpleNamespace(abort=self._nothing)
+
+    @property
+    def paused(self) -> bool:
+        return bool(self.holders)
+
+    async def pause(self, who: str, mode: str = "keep", clear_cache: bool = True) -> None:
+        self.holders.add(who)
+
+    async def resume(self, who: str) -> None:
+        self.holders.discard(who)
+
+    async def call_workers(self, method: str, *args: Any) -> list[Any]:
+        return []
+
+    async def _nothing(self, *args: Any) -> None:
+        pass
+
+
+def engine_arenas(model: nn.Module) -> EngineArenas:
+    """Zeroed memory for `model` in bfloat16, each tensor in one block."""
+    placements, offset = [], 0
+    for name, parameter in sorted(model.named_parameters()):
+        shape = tuple(parameter.shape)
+        spec, strides = TensorSpec(name, "bfloat16", shape), contiguous_strides(shape)
+        placements.append(Placement(spec, (Block(0, offset, strides, 0, strides, shape),)))
+        offset = align(offset + spec.nbytes)
+    return EngineArenas([Arena.create("engine", offset)], placements)
+
+
+async def serve(address: str, lease_timeout_s: float) -> None:
+    arenas = engine_arenas(network())
+    policy = Policy(IdleEngine(), arenas)  # type: ignore[arg-type]
+    sessions = Sessions(arenas, ())
+    await sessions.start()
+    host = Host()
+    host.load(policy, sessions)
+    serving = Serving(ServingConfig(addresses=(address,), handle_signals=False, grace_s=0))
+    serving.add(
+        weights_pb2_grpc.add_WeightServiceServicer_to_server,
+        WeightServicer(host, lease_timeout_s, 1 << 12),
+        "tandem.weights.v1.WeightService",
+        long_lived=["WatchWeightVersion"],
+    )
+    serving.add(
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server,
+        InferenceServicer(host, 1 << 20),
+        "tandem.inference.v1.InferenceService",
+    )
+    await serving.start()
+    await serving.wait()
+
+
+def _main(address: str, lease_timeout_s: float) -> None:
+    asyncio.run(serve(address, lease_timeout_s))
+
+
+class WeightService:
+    """Start it, kill it, start it again at the same address: each life has an engine and memory of its
+    own."""
+
+    def __init__(self, address: str, lease_timeout_s: float) -> None:
+        self.address = address
+        self._lease_timeout_s = lease_timeout_s
+        self._process: Any = None
+
+    def start(self) -> None:
+        self._process = _processes.Process(target=_main, args=(self.address, self._lease_timeout_s))
+        self._process.start()
+
+    def kill(self) -> None:
+        """End it without a word."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._process.pid, signal.SIGKILL)
+        self._process.join(10)
