@@ -21,7 +21,7 @@ from benchmarks.workload import ENGINE, LATENCY, THROUGHPUT, Workload
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--model", type=Path, default=Path("out/models/SmolLM2-135M-Instruct"))
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of the throughput workload; latency gets 8 times as many")
+    parser.add_argument("--rounds", type=int, default=5, help="of throughput; latency gets 8 times as many")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu.json"))
     arguments = parser.parse_args()
     if not (arguments.model / "config.json").is_file():
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def _rounds(everyone: list[contenders.Contender], work: Workload, rounds: int) -> dict[str, list[float]]:
-    """Each contender in turn, round by round, so that a drift of the machine hits all alike. The first is warm-up."""
+    """Each contender in turn, round by round: a drift of the machine hits all alike. The first is warm-up."""
     found: dict[str, list[float]] = {contender.name: [] for contender in everyone}
     for seed in range(rounds + 1):
         for contender in everyone:
@@ -78,13 +78,11 @@ def _ratios(results: dict[str, Any]) -> dict[str, float]:
     names = list(results["tokens_per_second"])
     tandem, live, packed, http = names
     reload = results["sync"]["vLLM's layerwise reload"]["ms"]["p50"]
-    ratios = {
-        "throughput, tandem / same AsyncLLM in process": p50("tokens_per_second", tandem) / p50("tokens_per_second", live),
-        "throughput, tandem / vllm serve over HTTP": p50("tokens_per_second", tandem) / p50("tokens_per_second", http),
-        "throughput, live / packed weights (CPU only)": p50("tokens_per_second", live) / p50("tokens_per_second", packed),
-        "latency, tandem / same AsyncLLM in process": p50("latency_ms", tandem) / p50("latency_ms", live),
-        "latency, tandem / vllm serve over HTTP": p50("latency_ms", tandem) / p50("latency_ms", http),
-    }
+    ratios = {}
+    for kind, unit in (("throughput", "tokens_per_second"), ("latency", "latency_ms")):
+        ratios[f"{kind}, tandem / same AsyncLLM in process"] = p50(unit, tandem) / p50(unit, live)
+        ratios[f"{kind}, tandem / vllm serve over HTTP"] = p50(unit, tandem) / p50(unit, http)
+        ratios[f"{kind}, live / packed weights (a CPU's)"] = p50(unit, live) / p50(unit, packed)
     for name, figures in results["sync"].items():
         if name.partition(" ")[0] in ("aliased", "written", "stream"):
             ratios[f"sync, {name} / vLLM's layerwise reload"] = figures["ms"]["p50"] / reload

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -46,18 +46,21 @@ class InProcess(Contender):
         return self._ask(do="layerwise_reload")
 
     def _ask(self, **command: Any) -> float:
-        assert self._process.stdin
-        self._process.stdin.write(json.dumps(command) + "\n")
-        self._process.stdin.flush()
+        stdin: IO[str] = self._process.stdin  # type: ignore[assignment]  # it was opened with pipes
+        stdin.write(json.dumps(command) + "\n")
+        stdin.flush()
         return float(self._answer()["seconds"])
 
     def _answer(self) -> dict[str, Any]:
-        out = self._process.stdout
-        assert out
-        while select.select([out], [], [], 300)[0] and (line := out.readline()):
-            with contextlib.suppress(json.JSONDecodeError):  # vLLM prints there too
-                return dict(json.loads(line))
-        raise RuntimeError(f"{self.name} does not answer; its exit code is {self._process.poll()}")
+        stdout: IO[str] = self._process.stdout  # type: ignore[assignment]
+        impatience = threading.Timer(300, self._process.kill)
+        impatience.start()
+        try:
+            if not (line := stdout.readline()):
+                raise RuntimeError(f"{self.name} ended with {self._process.wait()} or did not answer")
+            return dict(json.loads(line))
+        finally:
+            impatience.cancel()
 
 
 class Tandem(Contender):
@@ -79,7 +82,7 @@ class Tandem(Contender):
             {"max_tokens": work.new_tokens, "temperature": 1.0, "ignore_eos": True},
         )
         seconds = time.perf_counter() - started
-        assert sum(len(rollout.token_ids) for group in groups for rollout in group) == work.tokens
+        work.check(sum(len(rollout.token_ids) for group in groups for rollout in group))
         return seconds
 
 
@@ -105,7 +108,7 @@ class Http(Contender):
             generation_kwargs={"ignore_eos": True},
         )
         seconds = time.perf_counter() - started
-        assert sum(len(ids) for ids in answer["completion_ids"]) == work.tokens
+        work.check(sum(len(ids) for ids in answer["completion_ids"]))
         return seconds
 
 
@@ -135,16 +138,16 @@ def process(log: Path, *command: str, **options: Any) -> Iterator[subprocess.Pop
 def tandem(model: Path, folder: Path) -> Iterator[Tandem]:
     """The service for `model`."""
     address = f"unix://{folder}/inference.sock"
-    flags = [f"--engine={name}={json.dumps(value)}" for name, value in ENGINE.items()]
-    command = [sys.executable, "-m", "inference_service", f"--model={model}", f"--addresses={address}", *flags]
-    with process(folder / "tandem.log", *command):
+    engine = [f"--engine={name}={json.dumps(value)}" for name, value in ENGINE.items()]
+    flags = [f"--model={model}", f"--addresses={address}", *engine]
+    with process(folder / "tandem.log", sys.executable, "-m", "inference_service", *flags):
         yield Tandem(address)
 
 
 @contextlib.contextmanager
 def in_process(model: Path, folder: Path, loader: str) -> Iterator[InProcess]:
     """AsyncLLM for `model` with a loader of `benchmarks.inprocess`."""
-    pipes: dict[str, IO[str] | int | bool] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     command = [sys.executable, "-m", "benchmarks.inprocess", str(model), loader]
     with process(folder / f"{loader}.log", *command, **pipes) as child:
         yield InProcess(f"AsyncLLM in process, {loader} weights", child)

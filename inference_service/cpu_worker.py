@@ -1,18 +1,21 @@
-"""TandemWorker for vLLM's CPU worker, with two repairs of vLLM 0.31. Without them one request could kill the engine.
+"""TandemWorker for vLLM's CPU worker, with repairs of vLLM 0.31 that seeds and adapters need there.
 
-Seeds. A prompt too long for one step is prefilled in pieces, and after each piece but the last a sampled token is
-thrown away. vLLM then rewinds a seeded request's generator by its offset, which only CUDA's generators have. Here
-the generator's state is put back instead.
+Seeds. A prompt too long for one step is prefilled in pieces, and after each piece but the last a sampled token
+is thrown away. vLLM then rewinds a seeded request's generator by its offset, which only CUDA's generators have:
+any such request would kill the engine. Here the generator's state is put back instead.
 
-Adapters. vLLM adds an adapter's share to the logits by a mapping that covers sampled tokens alone, and fails on prompt
-tokens, whose logits Score is about. The service takes no adapter that has such a share: there is nothing to add.
+Adapters. A row of a batch that has none has the index -1, by which vLLM's PyTorch code takes the last adapter
+(vllm#48421, #49656): rollouts without an adapter would be sampled with somebody else's. And what an adapter adds
+to the logits is found by a mapping of sampled tokens alone, so that Score, which is about prompt tokens, would kill
+the engine. The service takes no adapter that adds to them.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+from vllm.lora.ops.torch_ops import lora_ops
+from vllm.lora.punica_wrapper import punica_cpu
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from inference_service import orphans
@@ -56,12 +59,19 @@ def _repair_seeds(runner: Any) -> None:
     runner._sample, runner._bookkeeping_sync = _sample, _bookkeeping_sync
 
 
-def _repair_adapters(punica: Any) -> None:
+def _repair_adapters(punica: Any, operations: Any) -> None:
+    shrink = operations.bgmv_shrink
+
+    def bgmv_shrink(inputs: Any, weights: Any, output: Any, rows: Any, scaling: float = 1.0) -> None:
+        shrink(inputs, weights, output, rows, scaling)
+        output[rows < 0] = 0
+
     def add_lora_logits(self: Any, *args: Any, **kwargs: Any) -> None:
         """Add nothing."""
 
-    punica.add_lora_logits = add_lora_logits
+    operations.bgmv_shrink = punica.bgmv_shrink = bgmv_shrink
+    punica.PunicaWrapperCPU.add_lora_logits = add_lora_logits
 
 
 _repair_seeds(CPUModelRunner)
-_repair_adapters(PunicaWrapperCPU)
+_repair_adapters(punica_cpu, lora_ops)

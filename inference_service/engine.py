@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 from inference_service.launch import Launched, launch
-from inference_service.loras import Loras
+from inference_service.loras import Loras, Shapes
 from inference_service.refusals import one_line
 from tandem.errors import Aborted, FailedPrecondition, Reason, Unavailable, invalid
 
@@ -139,6 +139,14 @@ class Engine:
                 return int(state.detokenizer.num_output_tokens())
         return None
 
+    def load(self) -> tuple[int, int]:
+        """How many requests run and how many wait. vLLM counts both when it has made a step, and makes none while
+        it is paused: what came since then waits.
+        """
+        unfinished = int(self.llm.output_processor.get_num_unfinished_requests())
+        running = min(self.stats.num_running, unfinished)
+        return running, unfinished - running
+
     async def reset_prefix_cache(self) -> bool:
         """Forget cached prefixes. False if running requests hold some: then nothing was forgotten."""
         async with self._calling():
@@ -166,10 +174,10 @@ class Engine:
                 await self.llm.wake_up()
                 self.asleep = False
 
-    async def load_lora(self, name: str, path: str) -> None:
+    async def load_lora(self, name: str, path: str, policy: Shapes | None = None) -> None:
         """Load the adapter in the folder `path`, in place of any of that name. Raises as `Loras.load` does."""
         async with self._calling():
-            await self.loras.load(name, path)
+            await self.loras.load(name, path, policy)
 
     async def unload_lora(self, name: str) -> None:
         """Forget an adapter. Raises as `Loras.get` does."""

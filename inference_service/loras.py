@@ -8,12 +8,14 @@ import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from inference_service.refusals import one_line
 from tandem.errors import FailedPrecondition, NotFound, Reason, invalid
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -57,8 +59,11 @@ class Loras:
             raise NotFound(Reason.LORA_NOT_FOUND, f"no adapter {name!r} is loaded", metadata={"lora": name})
         return self._adapters[name]
 
-    async def load(self, name: str, path: str) -> None:
+    async def load(self, name: str, path: str, policy: Shapes | None = None) -> None:
         """Load the adapter in the folder `path`, in place of any of that name.
+
+        Args:
+            policy: the policy's tensors, if known. vLLM takes whatever an adapter has for others, or of other shapes.
 
         Raises:
             FailedPrecondition: LORA_OFF. InvalidArgument: there is no adapter, or not one that vLLM can use.
@@ -70,7 +75,7 @@ class Loras:
         request = LoRARequest(name, number, os.path.join(self._folder, str(number)))
         adapter = Adapter(request)
         try:
-            await asyncio.to_thread(_copy, path, request.lora_path)
+            await asyncio.to_thread(_copy, path, request.lora_path, policy or {})
             try:
                 await self._llm.add_lora(request)
             except Exception as error:  # utility calls lose the type on their way
@@ -117,7 +122,8 @@ class Loras:
             shutil.rmtree(adapter.request.lora_path, ignore_errors=True)
 
 
-def _copy(path: str, to: str) -> None:
+def _copy(path: str, to: str, policy: Shapes) -> None:
+    """Copy an adapter and check it."""
     from safetensors import SafetensorError, safe_open
 
     for name in _FILES:
@@ -128,9 +134,18 @@ def _copy(path: str, to: str) -> None:
         shutil.copyfile(os.path.join(path, name), os.path.join(to, name))
     try:
         with safe_open(os.path.join(to, _FILES[1]), "pt") as file:
-            names = list(file.keys())
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     except SafetensorError as error:
         raise invalid("path", f"{_FILES[1]} cannot be read: {one_line(error)}") from error
-    if any("lm_head" in name for name in names):
-        # vLLM gives prompt logprobs, which Score asks for, without the adapter's share in the logits.
-        raise invalid("path", "the adapter changes lm_head, which is not supported")
+    for name, shape in shapes.items():
+        module, _, part = name.removeprefix("base_model.model.").partition(".lora_")
+        if module.endswith(("lm_head", "embed_tokens")):
+            # Score would leave it out: vLLM gives a prompt's logprobs without an adapter's share in the logits.
+            raise invalid("path", f"the adapter changes {module}, which is not supported")
+        if not policy:
+            continue
+        if (weight := policy.get(f"{module}.weight")) is None:
+            raise invalid("path", f"the adapter changes {module}, which the policy does not have")
+        fits = {"A.weight": shape[1:] == weight[1:], "B.weight": shape[:1] == weight[:1]}.get(part, True)
+        if not fits:
+            raise invalid("path", f"{name} has shape {list(shape)}, but {module}.weight {list(weight)}")

@@ -136,13 +136,12 @@ class Rollouts:
 
         async def one(request: Request) -> tuple[int, Any, int]:
             for attempt in range(8):
-                version, logprobs = self._version, None
+                version = self._version
                 again = replace(request, id=f"{request.id}.{attempt}")
                 async with aclosing(self._one(again)) as pieces:
-                    async for piece in pieces:
-                        logprobs = piece.output.prompt_logprobs
-                if logprobs is not None and version == self._version:
-                    return request.index, logprobs, version
+                    output = [piece.output async for piece in pieces][-1]
+                if output.outputs[0].finish_reason != "abort" and version == self._version:
+                    return request.index, output.prompt_logprobs, version
             raise Unavailable(Reason.INTERRUPTED, "the scoring of a sequence was cut short eight times")
 
         tasks = [asyncio.ensure_future(one(request)) for request in requests]

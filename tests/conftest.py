@@ -27,6 +27,7 @@ def socket_folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def llama(checkpoints: dict[str, Path]) -> Iterator[Service]:
-    """A service of the tiny Llama, for tests that leave it as it was: committed, serving, without a session."""
-    with tempfile.TemporaryDirectory(prefix="tdm") as folder, inference_service(checkpoints["llama"], Path(folder)) as service:
-        yield service
+    """A service of the tiny Llama, for tests that leave it committed, serving and without a session."""
+    with tempfile.TemporaryDirectory(prefix="tdm") as folder:
+        with inference_service(checkpoints["llama"], Path(folder)) as service:
+            yield service

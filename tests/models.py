@@ -1,4 +1,4 @@
-"""Tiny real checkpoints, made on the spot: a byte-level tokenizer and random weights of three architectures."""
+"""Tiny real checkpoints, made on the spot: a byte-level tokenizer, random weights, three architectures."""
 
 from __future__ import annotations
 

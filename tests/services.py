@@ -73,7 +73,8 @@ class Service:
         """Wait until health says `status`."""
         end = time.monotonic() + seconds
         while (now := self.health()) != status:
-            assert self.process.poll() is None, f"the service ended with {self.process.returncode}:\n{self.tail()}"
+            code = self.process.poll()
+            assert code is None, f"the service ended with {code}:\n{self.tail()}"
             assert time.monotonic() < end, f"health is {now}, not {status}:\n{self.tail()}"
             time.sleep(0.05)
 

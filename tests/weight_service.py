@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from inference_service.arenas import EngineArenas
-from inference_service.launch import ModelInfo
 from inference_service.host import Host
+from inference_service.launch import ModelInfo
 from inference_service.policy import Policy
 from inference_service.servicers.inference import InferenceServicer
 from inference_service.servicers.weights import WeightServicer

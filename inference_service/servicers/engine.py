@@ -66,7 +66,9 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         for name in ("name", "path"):
             if not getattr(request, name):
                 raise invalid(name, "is required")
-        await self._host.policy.engine.load_lora(request.name, request.path)
+        policy = self._host.policy
+        shapes = {spec.name: spec.shape for spec in policy.manifest}
+        await policy.engine.load_lora(request.name, request.path, shapes)
         return pb.LoadLoraResponse()
 
     async def UnloadLora(self, request: pb.UnloadLoraRequest, context: Any) -> pb.UnloadLoraResponse:
@@ -86,6 +88,8 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
                 updates_failed=policy.failed,
                 loras=policy.engine.loras.names,
             )
+            if not policy.engine.dead:
+                counters.num_running, counters.num_waiting = policy.engine.load()
             counters.last_update_stopped.FromTimedelta(timedelta(seconds=policy.last_stopped))
             response.MergeFrom(counters)
         response.event_loop_lag.FromTimedelta(timedelta(seconds=self._lag()))

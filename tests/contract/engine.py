@@ -28,11 +28,11 @@ class ScriptedEngine(engine_pb2_grpc.EngineServiceServicer):
     stream_stream: Behavior
     watch: Behavior
 
-    async def Pause(self, request: Any, context: Any) -> engine_pb2.PauseResponse:  # noqa: N802
+    async def Pause(self, request: Any, context: Any) -> engine_pb2.PauseResponse:
         await self.pause(request, context)
         return engine_pb2.PauseResponse()
 
-    async def GetStats(self, request: Any, context: Any) -> engine_pb2.GetStatsResponse:  # noqa: N802
+    async def GetStats(self, request: Any, context: Any) -> engine_pb2.GetStatsResponse:
         return await self.get_stats(request, context)
 
     async def get_stats(self, request: Any, context: Any) -> engine_pb2.GetStatsResponse:

@@ -29,7 +29,7 @@ GET = engine_pb2.GetStatsRequest()
 
 @pytest.mark.parametrize("token", [None, "wrong", "right-but-longer", "righ"])
 async def test_a_call_without_the_token_is_refused(serve: Serve, token: str | None) -> None:
-    serving = await serve(token="right")  # noqa: S106
+    serving = await serve(token="right")
     async with connect_aio(serving.addresses[0], token=token) as channel:
         stub = engine_pb2_grpc.EngineServiceStub(channel)
         error = translate(await failure(stub.GetStats(GET)))
@@ -43,8 +43,8 @@ async def test_a_call_without_the_token_is_refused(serve: Serve, token: str | No
 
 
 async def test_two_tokens_are_none(serve: Serve) -> None:
-    serving = await serve(token="right")  # noqa: S106
-    async with connect_aio(serving.addresses[0], token="wrong") as channel:  # noqa: S106
+    serving = await serve(token="right")
+    async with connect_aio(serving.addresses[0], token="wrong") as channel:
         call = engine_pb2_grpc.EngineServiceStub(channel).GetStats(
             GET, metadata=[("authorization", "Bearer right")]
         )
@@ -52,12 +52,12 @@ async def test_two_tokens_are_none(serve: Serve) -> None:
 
 
 async def test_the_token_travels_over_a_unix_socket(serve: Serve) -> None:
-    serving = await serve(token="right")  # noqa: S106
-    async with connect_aio(serving.addresses[0], token="right") as channel:  # noqa: S106
+    serving = await serve(token="right")
+    async with connect_aio(serving.addresses[0], token="right") as channel:
         assert (await engine_pb2_grpc.EngineServiceStub(channel).GetStats(GET)).weight_version == 7
 
     def call() -> int:
-        with connect(serving.addresses[0], token="right") as channel:  # noqa: S106
+        with connect(serving.addresses[0], token="right") as channel:
             return engine_pb2_grpc.EngineServiceStub(channel).GetStats(GET).weight_version
 
     assert await asyncio.to_thread(call) == 7
@@ -65,7 +65,7 @@ async def test_the_token_travels_over_a_unix_socket(serve: Serve) -> None:
 
 async def test_a_client_of_another_language_calls_over_a_plain_channel(serve: Serve) -> None:
     """Local credentials put nothing on the wire, so `grpcurl -plaintext` and its like work."""
-    serving = await serve(token="right", addresses=("127.0.0.1:0",))  # noqa: S106
+    serving = await serve(token="right", addresses=("127.0.0.1:0",))
     async with connect_aio(serving.addresses[0]) as channel:
         call = engine_pb2_grpc.EngineServiceStub(channel).GetStats(
             GET, metadata=[("authorization", "Bearer right")]
@@ -78,9 +78,9 @@ async def test_a_client_of_another_language_calls_over_a_plain_channel(serve: Se
 
 def test_no_token_over_a_channel_that_can_be_read() -> None:
     with pytest.raises(InvalidArgument, match="readable on the way"):
-        connect("127.0.0.1:1", token="right")  # noqa: S106
+        connect("127.0.0.1:1", token="right")
     with pytest.raises(InvalidArgument, match="readable on the way"):
-        connect("example.org:1", token="right", insecure=True)  # noqa: S106
+        connect("example.org:1", token="right", insecure=True)
 
 
 async def test_grpc_itself_refuses_call_credentials_on_an_insecure_channel() -> None:
@@ -177,7 +177,7 @@ async def test_tls_carries_the_token_and_mutual_tls_refuses_strangers(
     authority, stranger = Authority(folder, "authority"), Authority(folder, "stranger")
     cert, key = authority.issue("service")
     tls = Tls(cert_file=cert, key_file=key, client_ca_file=authority.file)
-    serving: Serving = await serve(addresses=("127.0.0.1:0",), tls=tls, token="right")  # noqa: S106
+    serving: Serving = await serve(addresses=("127.0.0.1:0",), tls=tls, token="right")
     (address,) = serving.addresses
 
     async def call(signer: Authority | None) -> bytes | TandemError:
@@ -187,7 +187,7 @@ async def test_tls_carries_the_token_and_mutual_tls_refuses_strangers(
             ca_file=authority.file,
             cert_file=pair[0],
             key_file=pair[1],
-            token="right",  # noqa: S106
+            token="right",
         )
         async with channel:
             try:

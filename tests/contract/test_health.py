@@ -101,7 +101,7 @@ async def test_reflection_is_off_when_told_and_where_others_reach(
     serve: Serve, fields: dict[str, Any]
 ) -> None:
     serving = await serve(**fields)
-    address = serving.addresses[0].replace("0.0.0.0", "127.0.0.1")  # noqa: S104
+    address = serving.addresses[0].replace("0.0.0.0", "127.0.0.1")
     async with connect_aio(address) as channel:
         call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([]))
         assert (await failure(call.read())).code() == grpc.StatusCode.UNIMPLEMENTED
@@ -250,7 +250,7 @@ async def healthcheck(*arguments: str) -> tuple[int, str]:
 
 
 async def test_the_healthcheck_speaks_by_exit_codes(serve: Serve, folder: Path) -> None:
-    serving = await serve(token="right", addresses=(f"unix://{folder}/s", "127.0.0.1:0"))  # noqa: S106
+    serving = await serve(token="right", addresses=(f"unix://{folder}/s", "127.0.0.1:0"))
     unix, tcp = serving.addresses
     results = await asyncio.gather(
         healthcheck(unix),

@@ -77,7 +77,9 @@ def test_deltas_add_up_to_the_finished_rollouts(service: Service) -> None:
     for i, rollout in enumerate(whole):
         mine = [piece for piece in pieces if piece.prompt_index == i]
         assert [t for piece in mine for t in piece.token_ids] == list(rollout.token_ids)
-        assert [p for piece in mine for p in piece.logprobs] == pytest.approx(list(rollout.logprobs), abs=1e-4)
+        assert [p for piece in mine for p in piece.logprobs] == pytest.approx(
+            list(rollout.logprobs), abs=1e-4
+        )
 
 
 def test_score_agrees_with_generate(service: Service) -> None:

@@ -52,7 +52,9 @@ def test_the_model_is_told(llama: Service, checkpoints: dict[str, Path]) -> None
 
 def test_text_is_tokenized_as_the_tokenizer_does(llama: Service, tokenizer: PreTrainedTokenizerFast) -> None:
     texts = [TEXT, "a", "\n\n", "日本"]
-    assert tokenize(llama, *[pb.Prompt(text=text) for text in texts]) == [tokenizer(t)["input_ids"] for t in texts]
+    assert tokenize(llama, *[pb.Prompt(text=text) for text in texts]) == [
+        tokenizer(t)["input_ids"] for t in texts
+    ]
 
 
 def test_one_prompt_can_be_given_in_three_ways(llama: Service, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -73,7 +75,9 @@ def test_one_prompt_can_be_given_in_three_ways(llama: Service, tokenizer: PreTra
 
 # With its keys in order: a Struct has none, so that the service sorts them.
 TOOL = {"function": {"name": "add", "parameters": {"maximum": 3, "required": ["a"]}}, "type": "function"}
-SHOUT = "{% for m in messages %}{{ m.content | upper }}{{ m.mood }};{% endfor %}{{ tools | tojson }}{{ depth }}"
+SHOUT = (
+    "{% for m in messages %}{{ m.content | upper }}{{ m.mood }};{% endfor %}{{ tools | tojson }}{{ depth }}"
+)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +107,9 @@ def test_chats_are_rendered_as_the_tokenizer_does(
         {"role": "system", "content": "be"},
         {"role": "user", "content": "hi", "mood": {"happy": [True, None, 2]}},
     ]
-    rendered = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"]
+    rendered = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)[
+        "input_ids"
+    ]
     assert tokenize(llama, pb.Prompt(chat=talk)) == [rendered]
 
 
@@ -112,12 +118,24 @@ def test_chats_are_rendered_as_the_tokenizer_does(
     [
         (pb.Chat(), "prompts[1].chat.messages", "at least one"),
         (chat(("", "hi")), "prompts[1].chat.messages[0].role", "required"),
-        (chat(("user", "x"), template="{{ raise_exception('be polite') }}"), "prompts[1].chat.template", "be polite"),
+        (
+            chat(("user", "x"), template="{{ raise_exception('be polite') }}"),
+            "prompts[1].chat.template",
+            "be polite",
+        ),
         (chat(("user", "x"), template="{% for %}"), "prompts[1].chat.template", "Expected"),
         (chat(("user", "x"), template="{{ 1 / 0 }}"), "prompts[1].chat.template", "division"),
         (chat(("user", "x"), template="{{ messages.append(1) }}"), "prompts[1].chat.template", "unsafe|safe"),
-        (chat(("user", "x"), template_kwargs=struct(tokenize=False)), "prompts[1].chat.template_kwargs", "tokenize"),
-        (chat(("user", "x"), template_kwargs=struct(messages=[])), "prompts[1].chat.template_kwargs", "messages"),
+        (
+            chat(("user", "x"), template_kwargs=struct(tokenize=False)),
+            "prompts[1].chat.template_kwargs",
+            "tokenize",
+        ),
+        (
+            chat(("user", "x"), template_kwargs=struct(messages=[])),
+            "prompts[1].chat.template_kwargs",
+            "messages",
+        ),
         (
             chat(("user", "x"), template_kwargs=struct(depth=float("nan"))),
             "prompts[1].chat.template_kwargs",
@@ -127,7 +145,9 @@ def test_chats_are_rendered_as_the_tokenizer_does(
     ],
     ids=["empty", "role", "raises", "syntax", "fails", "unsafe", "taken", "messages", "nan", "tools"],
 )
-def test_a_chat_that_cannot_be_rendered_is_named(llama: Service, talk: pb.Chat, field: str, says: str) -> None:
+def test_a_chat_that_cannot_be_rendered_is_named(
+    llama: Service, talk: pb.Chat, field: str, says: str
+) -> None:
     prompts = [ids([5]), pb.Prompt(chat=talk)]
     before = stats(llama).rollouts_finished
     for call in (
@@ -208,12 +228,16 @@ def test_a_rollout_ends_at_a_stop_string(
     text = tokenizer.decode(list(free.token_ids))
     at = next(i for i in range(8, len(text)) if text[i : i + 2].isascii() and text.find(text[i : i + 2]) == i)
     stop = text[at : at + 2]
-    rollout = one(llama, ids([5]), sampling=GREEDY | {"stop": ["never there", stop]}, include_text=include_text)
+    rollout = one(
+        llama, ids([5]), sampling=GREEDY | {"stop": ["never there", stop]}, include_text=include_text
+    )
     assert rollout.finish_reason == pb.FINISH_REASON_STOP
     assert rollout.WhichOneof("stop_cause") == "stop_string"
     assert rollout.stop_string == stop
     assert rollout.token_ids == free.token_ids[: len(rollout.token_ids)]
-    assert tokenizer.decode(list(rollout.token_ids)).startswith(text[:at] + stop)  # the ids have the stop string
+    assert tokenizer.decode(list(rollout.token_ids)).startswith(
+        text[:at] + stop
+    )  # the ids have the stop string
     assert rollout.text == (text[:at] if include_text else "")  # the text does not
     assert len(rollout.logprobs) == len(rollout.token_ids)
 

@@ -25,24 +25,34 @@ def test_ten_lines_work(llama: Service, checkpoints: dict[str, Path], tmp_path: 
         assert old in script
         script = script.replace(old, new)
 
-    before = llama.weights.GetWeightVersion(weights_pb2.GetWeightVersionRequest(), timeout=10).weight_version
+    before = _version(llama).weight_version
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env=ENVIRONMENT | {"PATH": "/usr/bin:/bin"}, timeout=180, check=False,
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=ENVIRONMENT | {"PATH": "/usr/bin:/bin"},
+        timeout=180,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    after = llama.weights.GetWeightVersion(weights_pb2.GetWeightVersionRequest(), timeout=10)
+    after = _version(llama)
     # The first update writes the policy; each of the three steps is one more.
     assert after.weight_version == before + 4
     assert after.state == weights_pb2.WEIGHT_STATE_COMMITTED
     llama.weights.RestoreCheckpoint(weights_pb2.RestoreCheckpointRequest(), timeout=30)
 
 
+def _version(service: Service) -> weights_pb2.GetWeightVersionResponse:
+    return service.weights.GetWeightVersion(weights_pb2.GetWeightVersionRequest(), timeout=10)
+
+
 def test_the_file_tree_names_what_is_there() -> None:
-    tree = re.findall(r"^    ([a-z_]+/|Makefile|setup\.py) +\S", (ROOT / "README.md").read_text(), re.MULTILINE)
+    readme = (ROOT / "README.md").read_text()
+    tree = re.findall(r"^    ([a-z_]+/|Makefile|setup\.py) +\S", readme, re.MULTILINE)
     assert len(tree) >= 10
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    here = {f"{path.partition('/')[0]}/" if "/" in path else path for path in tracked}
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    here = {f"{path.partition('/')[0]}/" if "/" in path else path for path in listed.stdout.split()}
     assert set(tree) <= here
     unexplained = {name for name in here if name.endswith("/") and not name.startswith(".")} - set(tree)
     assert not unexplained, f"the README does not say what these are for: {sorted(unexplained)}"

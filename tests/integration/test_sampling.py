@@ -110,7 +110,9 @@ def test_greedy_logprobs_are_the_models_own(exact: Service, model: Model) -> Non
     assert apart(rollout.logprobs, of_tokens(logits.log_softmax(-1), rollout.token_ids)) < CLOSE
 
 
-@pytest.mark.parametrize("name", ["repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias"])
+@pytest.mark.parametrize(
+    "name", ["repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias"]
+)
 def test_logprobs_contain_penalties_and_biases(exact: Service, model: Model, name: str) -> None:
     bias = {30: 4.0, 31: -2.5, 200: 100.0 / 16}
     value: Any = bias if name == "logit_bias" else 1.5
@@ -170,7 +172,9 @@ def test_a_seed_makes_a_call_repeatable(exact: Service) -> None:
     first = sampled(exact, PROMPTS[0], PROMPTS[3], n=3, seed=11)
     again = sampled(exact, PROMPTS[0], PROMPTS[3], n=3, seed=11)
     other = sampled(exact, PROMPTS[0], PROMPTS[3], n=3, seed=12)
-    assert {k: list(r.token_ids) for k, r in first.items()} == {k: list(r.token_ids) for k, r in again.items()}
+    assert {k: list(r.token_ids) for k, r in first.items()} == {
+        k: list(r.token_ids) for k, r in again.items()
+    }
     for place, rollout in first.items():
         assert list(rollout.logprobs) == pytest.approx(list(again[place].logprobs), abs=CLOSE)
     assert all(first[k].token_ids != other[k].token_ids for k in first)
@@ -189,7 +193,9 @@ def test_a_seed_holds_where_a_prefill_is_cut_in_pieces(exact: Service) -> None:
     prompts = [[50 + i, *range(3, 203)] for i in range(10)]
     together = sampled(exact, *prompts, n=1, seed=5, max_tokens=16)
     for k, prompt in enumerate(prompts):
-        assert together[k, 0].token_ids == sampled(exact, prompt, n=1, seed=5 + k, max_tokens=16)[0, 0].token_ids
+        assert (
+            together[k, 0].token_ids == sampled(exact, prompt, n=1, seed=5 + k, max_tokens=16)[0, 0].token_ids
+        )
 
 
 def test_rollouts_of_a_group_differ_without_a_seed(exact: Service) -> None:
@@ -234,7 +240,9 @@ def test_bad_words_are_not_written(exact: Service) -> None:
     free = one(exact, ids(PROMPTS[0]), sampling={"temperature": 0} | LONG, **fields)
     words = re.findall("[A-Za-z]{2}", free.text)
     assert words
-    without = one(exact, ids(PROMPTS[0]), sampling={"temperature": 0, "bad_words": words[:1]} | LONG, **fields)
+    without = one(
+        exact, ids(PROMPTS[0]), sampling={"temperature": 0, "bad_words": words[:1]} | LONG, **fields
+    )
     assert words[0] not in without.text
     assert free.text != without.text
 

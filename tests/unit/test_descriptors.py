@@ -70,7 +70,8 @@ async def make() -> AsyncIterator[Make]:
         await sessions.stop()
         sessions._arenas.arenas.clear()
     assert not any(folder.exists() for folder in folders)
-    gc.collect()
+    if open_descriptors() != before:
+        gc.collect()  # a failed test's traceback holds its frames
     assert open_descriptors() == before, "a descriptor was left"
 
 

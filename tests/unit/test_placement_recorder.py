@@ -1,7 +1,7 @@
 """What a loader did with a checkpoint, told from watching it. Each loader here does what some model does.
 
-A tensor is either placed, and then an update that writes there does what loading did, or it is not, and then vLLM
-loads it again. What must never happen is a place that is wrong.
+Either a tensor is placed, and then an update that writes there does what loading did, or vLLM loads it again.
+What must never happen is a place that is wrong.
 """
 
 from __future__ import annotations

@@ -31,11 +31,11 @@ class Scripted(inference_pb2_grpc.InferenceServiceServicer):
         self.drop = 0
         self.ended = threading.Event()
 
-    def GetModel(self, request: Any, context: Any) -> pb.GetModelResponse:  # noqa: N802
+    def GetModel(self, request: Any, context: Any) -> pb.GetModelResponse:
         state, reason = self.states.pop(0) if self.states else (engine_pb2.SERVING_STATE_SERVING, "")
         return pb.GetModelResponse(state=state, reason=reason, max_model_len=64)
 
-    def Generate(self, request: Any, context: Any) -> Iterator[pb.GenerateResponse]:  # noqa: N802
+    def Generate(self, request: Any, context: Any) -> Iterator[pb.GenerateResponse]:
         self.requests.append(request)
         first = request.prompts[0].token_ids.ids[0]
         if self.refuse is not None:
@@ -53,7 +53,7 @@ class Scripted(inference_pb2_grpc.InferenceServiceServicer):
         for rollout in reversed(rollouts[self.drop :]):
             yield pb.GenerateResponse(rollouts=[rollout])
 
-    def Score(self, request: Any, context: Any) -> Iterator[pb.ScoreResponse]:  # noqa: N802
+    def Score(self, request: Any, context: Any) -> Iterator[pb.ScoreResponse]:
         self.requests.append(request)
         for i, sequence in reversed(list(enumerate(request.sequences))):
             yield pb.ScoreResponse(scores=[pb.SequenceScore(sequence_index=i, logprobs=[-sequence.ids[0]])])

@@ -1,0 +1,56 @@
+"""Tiny checkpoints of architectures and habits that tests/models.py has no need of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests import models
+
+_COMMON: dict[str, Any] = {"vocab_size": 259, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+#: bloom's checkpoint has q, k and v interleaved by head, which vLLM reshapes; gpt2's linears are transposed;
+#: mixtral's experts are packed on a CPU.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "bloom": {"hidden_size": 128, "n_layer": 2, "n_head": 4},
+    "gpt2": {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 512},
+    "mixtral": {
+        "hidden_size": 128,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+        "num_local_experts": 2,
+    },
+}
+
+
+def make(path: Path, architecture: str) -> Path:
+    """A checkpoint of `architecture` in bfloat16."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(architecture, **CONFIGS[architecture], **_COMMON)
+    )
+    model = model.to(torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.15)
+            else:
+                parameter.uniform_(0.7, 1.3)
+    model.save_pretrained(path)
+    models.tokenizer().save_pretrained(path)
+    return path
+
+
+def with_output_layer(path: Path, factor: float) -> Path:
+    """A Llama whose config ties the embeddings, and whose checkpoint has the output layer all the same."""
+    models.make(path, "llama")
+    file = path / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * factor
+    save_file(tensors, file, metadata={"format": "pt"})
+    return path

@@ -1,0 +1,35 @@
+"""vLLM's own greedy rollouts, by its offline LLM with its own model loader: `python -m tests.integration.vllm_reference`.
+
+Standard input: {"models": {name: folder}, "prompts": [[token id]], "max_tokens": int, "engine": {argument: value}}.
+Standard output, last line: {name: [{"token_ids": [int], "margins": [float]}]}; a margin is the distance between the
+logprobs of the two most probable tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+
+def main() -> None:
+    from vllm import LLM, SamplingParams
+
+    asked = json.load(sys.stdin)
+    sampling = SamplingParams(temperature=0, max_tokens=asked["max_tokens"], ignore_eos=True, logprobs=2)
+    prompts = [{"prompt_token_ids": prompt} for prompt in asked["prompts"]]
+    engines, answer = [], {}
+    for name, folder in asked["models"].items():
+        engines.append(LLM(folder, disable_log_stats=True, **asked["engine"]))  # the end of one ends them all
+        answer[name] = []
+        for output in engines[-1].generate(prompts, sampling, use_tqdm=False):
+            completion = output.outputs[0]
+            best = [sorted((p.logprob for p in at.values()), reverse=True) for at in completion.logprobs]
+            answer[name].append(
+                {"token_ids": list(completion.token_ids), "margins": [a - b for a, b, *_ in best]}
+            )
+    sys.stdout.write("\n" + json.dumps(answer) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
