@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from tandem import rpc
+from tandem.errors import TandemError
 from tandem.inference.v1 import inference_pb2 as pb
 from tests.services import Service
 
@@ -63,3 +66,72 @@ def difference(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> float:
 def far_from(service: Service, model: nn.Module) -> float:
     """By how much the engine's logprobs differ from the model's."""
     return difference(scores(service), [logprobs(model, ids) for ids in PROMPTS])
+
+
+class Rollouts:
+    """Rollouts of PROMPTS, read as they are sampled in a thread of their own."""
+
+    def __init__(self, service: Service, max_tokens: int = 200, timeout: float = 60) -> None:
+        self.tokens: list[list[int]] = [[] for _ in PROMPTS]
+        self.logprobs: list[list[float]] = [[] for _ in PROMPTS]
+        self.spans: list[list[tuple[int, int]]] = [[] for _ in PROMPTS]
+        self.finish: list[str] = [""] * len(PROMPTS)
+        self.error: TandemError | None = None
+        self._some = threading.Condition()
+        request = pb.GenerateRequest(
+            prompts=[pb.Prompt(token_ids=pb.TokenIds(ids=ids)) for ids in PROMPTS],
+            sampling=pb.SamplingParams(max_tokens=max_tokens, ignore_eos=True, seed=7),
+            output_mode=pb.OUTPUT_MODE_DELTAS,
+        )
+        self._call = service.inference.Generate(request, timeout=timeout)
+        self._thread = threading.Thread(target=self._read)
+        self._thread.start()
+
+    def _read(self) -> None:
+        try:
+            with rpc.translated():
+                for response in self._call:
+                    with self._some:
+                        for rollout in response.rollouts:
+                            self._add(rollout)
+                        self._some.notify_all()
+        except TandemError as error:
+            self.error = error
+
+    def _add(self, rollout: pb.Rollout) -> None:
+        i = rollout.prompt_index
+        self.tokens[i] += rollout.token_ids
+        self.logprobs[i] += rollout.logprobs
+        self.spans[i] += [(span.weight_version, span.num_tokens) for span in rollout.version_spans]
+        if rollout.finish_reason:
+            self.finish[i] = pb.FinishReason.Name(rollout.finish_reason).removeprefix("FINISH_REASON_")
+
+    def wait_for(self, count: int) -> None:
+        """Wait until each rollout has `count` tokens."""
+        with self._some:
+            assert self._some.wait_for(lambda: min(map(len, self.tokens)) >= count, 60)
+
+    def join(self) -> None:
+        """Wait for the end of all."""
+        self._thread.join(60)
+        assert not self._thread.is_alive()
+
+    def by_version(self, i: int) -> dict[int, int]:
+        """How many tokens of a rollout each version sampled. They are in order, and add up."""
+        versions = [version for version, _ in self.spans[i]]
+        assert versions == sorted(versions)
+        counts: dict[int, int] = {}
+        for version, count in self.spans[i]:
+            counts[version] = counts.get(version, 0) + count
+        assert sum(counts.values()) == len(self.tokens[i]) == len(self.logprobs[i])
+        return counts
+
+    def assert_sampled_by(self, models: dict[int, nn.Module]) -> None:
+        """Each token's logprob is that of the one version that it names, after everything before it."""
+        for i, prompt in enumerate(PROMPTS):
+            done = 0
+            for version, count in self.by_version(i).items():
+                expected = logprobs(models[version], prompt + self.tokens[i])[len(prompt) - 1 :]
+                here = torch.tensor(self.logprobs[i][done : done + count])
+                assert difference([here], [expected[done : done + count]]) < NOISE, f"version {version}"
+                done += count

@@ -23,8 +23,9 @@ from tests.services import ENGINE, ENVIRONMENT, Service, inference_service
 MAX_TOKENS = 40
 _DICE = random.Random(0)
 PROMPTS = [[_DICE.randrange(3, 259) for _ in range(n)] for n in (1, 2, 3, 5, 8, 13, 40, 100, 150, 200)]
-#: Two logprobs this close may change places by the order of additions alone: bfloat16 has 8 bits.
-SURE = 0.1
+#: The two best logprobs may change places by the order of additions alone if they are this close: bfloat16 has 8
+#: bits, and logits are around 8 here. After that the rollouts differ. (On the machine this was written on, none does.)
+CLOSE = 0.05
 
 Own = Callable[[], dict[str, list[dict[str, Any]]]]
 
@@ -81,20 +82,22 @@ def served(
 
 
 def test_greedy_rollouts_are_vllms_own(served: tuple[str, Service], vllm_own: Own) -> None:
-    """Identical prompts, several rollouts of one, long prompts and short ones, in one call. Token by token up to
-    the first at which vLLM itself is not sure."""
+    """Identical prompts, several rollouts of one, long prompts and short ones, in one call."""
     name, service = served
     prompts = [ids(prompt, 1 + index % 3) for index, prompt in enumerate(PROMPTS)] + [ids(p) for p in PROMPTS]
     sampling = {"temperature": 0, "max_tokens": MAX_TOKENS, "ignore_eos": True}
     rollouts = generate(service, *prompts, sampling=sampling)
-    compared = 0
+    same = 0
     for (index, _), rollout in rollouts.items():
         own = vllm_own()[name][index % len(PROMPTS)]
-        sure = next((i for i, margin in enumerate(own["margins"]) if margin < SURE), MAX_TOKENS)
-        assert list(rollout.token_ids[:sure]) == own["token_ids"][:sure]
-        compared += sure
+        found = list(rollout.token_ids)
+        if found == own["token_ids"]:
+            same += 1
+            continue
+        at = next(i for i, (a, b) in enumerate(zip(found, own["token_ids"], strict=True)) if a != b)
+        assert own["margins"][at] < CLOSE, (index, at)
     assert len(rollouts) == sum(1 + index % 3 for index in range(10)) + 10
-    assert compared > 0.5 * MAX_TOKENS * len(rollouts)
+    assert same >= 0.9 * len(rollouts)
 
 
 @pytest.fixture(scope="module")

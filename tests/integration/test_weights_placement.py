@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -131,7 +132,7 @@ def test_every_parameter_is_arena_memory_of_its_own(loaded: dict[str, Loaded], n
     spans = sorted({(p, p + math.prod(shape) * ITEMSIZE) for p, shape in loaded[name]["parameters"].values()})
     assert start <= spans[0][0]
     assert spans[-1][1] <= start + size
-    assert all(end <= begin for (_, end), (begin, _) in zip(spans, spans[1:], strict=False))
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
     assert all(begin % 256 == start % 256 for begin, _ in spans)
 
 

@@ -1,0 +1,230 @@
+"""Rollouts that an update finds running: no token is sampled from weights of two versions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tandem.engine.v1 import engine_pb2
+from tandem.errors import Aborted, Reason, Unavailable
+from tests.faults import oracle, raw
+from tests.faults.oracle import NOISE, OTHER, Rollouts
+from tests.services import Service
+
+KEEP, WAIT, ABORT = engine_pb2.PAUSE_MODE_KEEP, engine_pb2.PAUSE_MODE_WAIT, engine_pb2.PAUSE_MODE_ABORT
+
+
+@pytest.fixture
+def service(llama: Service) -> Iterator[Service]:
+    yield llama
+    raw.restore(llama.weights)
+
+
+@pytest.fixture
+def old(checkpoints: dict[str, Path]) -> nn.Module:
+    return oracle.model_of(checkpoints["llama"])
+
+
+@pytest.fixture
+def new(checkpoints: dict[str, Path]) -> nn.Module:
+    model = oracle.model_of(checkpoints["llama"])
+    oracle.perturb(model, 21)
+    return model
+
+
+def open_session(
+    service: Service, model: nn.Module, transport: int
+) -> tuple[raw.Session, dict[str, torch.Tensor]]:
+    names = [spec.name for spec in raw.manifest(service.weights)]
+    tensors = oracle.tensors_of(model, names)
+    session = raw.Session(service.weights, tensors, transport)
+    return (session.attach() if session.shared else session), tensors
+
+
+def move(session: raw.Session, update: raw.Update, tensors: dict[str, torch.Tensor]) -> None:
+    """Bring the bytes, and commit."""
+    if session.shared:
+        session.write(tensors)
+    else:
+        for chunk in session.chunks(tensors):
+            update.send(chunk=chunk)
+    session.version = update.commit(session.digest(tensors))
+
+
+@pytest.mark.parametrize("transport", [raw.SHARED, raw.STREAM], ids=["shared", "stream"])
+def test_kept_rollouts_go_on_with_the_new_version(
+    service: Service, old: nn.Module, new: nn.Module, transport: int
+) -> None:
+    session, tensors = open_session(service, new, transport)
+    with session:
+        version = session.version
+        rollouts = Rollouts(service)
+        rollouts.wait_for(8)
+        with session.begin(in_flight=KEEP) as update:
+            move(session, update, tensors)
+        rollouts.join()
+    assert rollouts.error is None
+    assert rollouts.finish == ["LENGTH"] * 3
+    for i in range(3):
+        counts = rollouts.by_version(i)
+        assert set(counts) == {version, version + 1}, "the update did not come in the middle"
+        assert counts[version] >= 8
+    rollouts.assert_sampled_by({version: old, version + 1: new})
+    tokens = oracle.PROMPTS[0] + rollouts.tokens[0]
+    assert oracle.difference([oracle.logprobs(old, tokens)], [oracle.logprobs(new, tokens)]) > OTHER
+
+
+def test_several_updates_within_one_rollout(
+    service: Service, old: nn.Module, checkpoints: dict[str, Path]
+) -> None:
+    models = {}
+    session, tensors = open_session(service, old, raw.SHARED)
+    with session:
+        models[session.version] = old
+        rollouts = Rollouts(service)
+        for step in range(3):
+            rollouts.wait_for(12 * (step + 1))
+            model = oracle.model_of(checkpoints["llama"])
+            oracle.perturb(model, 30 + step)
+            tensors = oracle.tensors_of(model, tensors)
+            with session.begin() as update:
+                move(session, update, tensors)
+            models[session.version] = model
+        rollouts.join()
+    assert all(set(rollouts.by_version(i)) == set(models) for i in range(3))
+    rollouts.assert_sampled_by(models)
+
+
+@pytest.mark.parametrize("transport", [raw.SHARED, raw.STREAM], ids=["shared", "stream"])
+def test_awaited_rollouts_end_with_the_old_version(
+    service: Service, old: nn.Module, new: nn.Module, transport: int
+) -> None:
+    session, tensors = open_session(service, new, transport)
+    with session:
+        version = session.version
+        rollouts = Rollouts(service)
+        rollouts.wait_for(8)
+        with session.begin(in_flight=WAIT) as update:
+            move(session, update, tensors)
+        rollouts.join()
+    assert rollouts.finish == ["LENGTH"] * 3
+    assert [rollouts.by_version(i) for i in range(3)] == [{version: 200}] * 3
+    rollouts.assert_sampled_by({version: old})
+    assert oracle.far_from(service, new) < NOISE
+
+
+@pytest.mark.parametrize("transport", [raw.SHARED, raw.STREAM], ids=["shared", "stream"])
+def test_aborted_rollouts_keep_what_they_have(
+    service: Service, old: nn.Module, new: nn.Module, transport: int
+) -> None:
+    session, tensors = open_session(service, new, transport)
+    with session:
+        version = session.version
+        rollouts = Rollouts(service)
+        rollouts.wait_for(8)
+        with session.begin(in_flight=ABORT) as update:
+            move(session, update, tensors)
+        rollouts.join()
+    assert rollouts.error is None
+    assert rollouts.finish == ["ABORTED"] * 3
+    for i in range(3):
+        counts = rollouts.by_version(i)
+        assert set(counts) == {version}
+        assert 8 <= counts[version] < 200
+    rollouts.assert_sampled_by({version: old})
+
+
+def test_a_trainer_that_leaves_while_generation_is_brought_to_a_stop(
+    service: Service, old: nn.Module
+) -> None:
+    """Nothing was written yet: everything goes on."""
+    session, _ = open_session(service, old, raw.SHARED)
+    with session, raw.watching(service.weights) as changes:
+        version = session.version
+        assert next(changes) == (version, "COMMITTED")
+        rollouts = Rollouts(service)
+        rollouts.wait_for(8)
+        update = raw.Update(service.weights)
+        update.send(begin=raw.pb.BeginUpdate(session_id=session.id, base_version=version, in_flight=WAIT))
+        rollouts.wait_for(12)
+        update.cancel()
+        rollouts.join()
+        assert [rollouts.by_version(i) for i in range(3)] == [{version: 200}] * 3
+        assert (raw.state(service.weights), oracle.far_from(service, old) < NOISE) == ("COMMITTED", True)
+        with session.begin() as again:
+            again.abort(untouched=True)
+
+
+def test_rollouts_that_come_while_weights_are_written_wait_for_the_new_version(
+    service: Service, new: nn.Module
+) -> None:
+    session, tensors = open_session(service, new, raw.SHARED)
+    with session:
+        with session.begin() as update:
+            rollouts = Rollouts(service, max_tokens=8)
+            assert service.health() == "SERVING", "they are taken"
+            stats = service.engine.GetStats(engine_pb2.GetStatsRequest(), timeout=5)
+            assert stats.state == engine_pb2.SERVING_STATE_PAUSED
+            service.engine.Resume(engine_pb2.ResumeRequest(), timeout=5)  # not theirs to resume
+            move(session, update, tensors)
+        rollouts.join()
+        assert [rollouts.by_version(i) for i in range(3)] == [{session.version: 8}] * 3
+        rollouts.assert_sampled_by({session.version: new})
+
+
+def test_scores_are_of_one_version(service: Service, old: nn.Module, new: nn.Module) -> None:
+    session, tensors = open_session(service, new, raw.SHARED)
+    with session:
+        stub, ids = service.inference, list(range(3, 250))
+        request = oracle.pb.ScoreRequest(sequences=[oracle.pb.TokenIds(ids=ids)] * 8)
+        calls = [stub.Score(request, timeout=60) for _ in range(4)]
+        models = {session.version: old}
+        with session.begin() as update:
+            move(session, update, tensors)
+        models[session.version] = new
+        for call in calls:
+            for response in call:
+                for score in response.scores:
+                    expected = oracle.logprobs(models[score.weight_version], ids)
+                    assert oracle.difference([torch.tensor(score.logprobs)], [expected]) < NOISE
+
+
+def test_rollouts_end_with_an_error_when_the_weights_tear(service: Service, old: nn.Module) -> None:
+    session, tensors = open_session(service, old, raw.SHARED)
+    with session:
+        rollouts = Rollouts(service)
+        rollouts.wait_for(8)
+        with session.begin() as update:
+            session.view("model.norm.weight").fill_(0)
+            with pytest.raises(Unavailable) as caught:
+                update.abort(untouched=False, reason="an exception in the trainer")
+        assert caught.value.reason == Reason.ENGINE_TORN
+        rollouts.join()
+        assert rollouts.error is not None
+        assert rollouts.error.reason == Reason.ENGINE_TORN
+        assert "an exception in the trainer" in rollouts.error.message
+        rollouts.assert_sampled_by({session.version: old})
+        session.update(tensors)
+
+
+def test_a_client_that_paused_keeps_its_pause_over_an_update(service: Service, new: nn.Module) -> None:
+    session, tensors = open_session(service, new, raw.SHARED)
+    engine = service.engine
+    with session:
+        engine.Pause(engine_pb2.PauseRequest(), timeout=5)
+        with pytest.raises(Aborted) as caught:  # it would end or run on what the client froze
+            session.begin(in_flight=ABORT)
+        assert caught.value.reason == Reason.LEASE_HELD
+        assert raw.state(service.weights) == "COMMITTED"
+        session.update(tensors)
+        rollouts = Rollouts(service, max_tokens=4)
+        stats = engine.GetStats(engine_pb2.GetStatsRequest(), timeout=5)
+        assert stats.state == engine_pb2.SERVING_STATE_PAUSED
+        assert rollouts.tokens == [[], [], []]
+        engine.Resume(engine_pb2.ResumeRequest(), timeout=5)
+        rollouts.join()
+        rollouts.assert_sampled_by({session.version: new})
