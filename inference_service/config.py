@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import tempfile
 from pathlib import Path
@@ -18,6 +19,7 @@ from pydantic_settings import (
     CliSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
     TomlConfigSettingsSource,
 )
 
@@ -127,7 +129,12 @@ class InferenceSettings(BaseSettings):
             InvalidArgument: the file cannot be read.
             SystemExit: --help, or a malformed flag.
         """
-        config, argv = _config_flag(argv)
+        files, argv = _taken("--config", argv)
+        config = files[-1] if files else os.environ.get("TANDEM_CONFIG")
+        # The library would cut the values of engine arguments at their commas.
+        given, argv = _taken("--engine", argv)
+        if given:
+            argv = [*argv, f"--engine={json.dumps(_engine(given))}"]
 
         class Sources(cls):  # type: ignore[misc, valid-type]
             __doc__ = cls.__doc__
@@ -146,34 +153,53 @@ class InferenceSettings(BaseSettings):
                 )
                 return flags, env_settings, *_file(settings_cls, config)
 
-        settings: InferenceSettings = Sources()
+        try:
+            settings: InferenceSettings = Sources()
+        except SettingsError as error:  # a list or a table that is none
+            field = re.search(r'(?:field "|encountered for )(\w+)', str(error))
+            raise invalid(field[1] if field else "settings", " ".join(str(error).split())) from error
         return settings
 
 
-def _file(settings_cls: type[BaseSettings], config: Path | None) -> list[PydanticBaseSettingsSource]:
-    if config is None:
-        return []
-    try:
-        return [TomlConfigSettingsSource(settings_cls, config)]
-    except (OSError, ValueError) as error:  # TOML's and UTF-8's errors are ValueErrors
-        raise invalid("config", f"cannot read {config}: {error}") from error
-
-
-def _config_flag(argv: list[str]) -> tuple[Path | None, list[str]]:
-    rest, config = [], os.environ.get("TANDEM_CONFIG")
+def _taken(flag: str, argv: list[str]) -> tuple[list[str], list[str]]:
+    """The values of a flag, and the other arguments."""
+    values, rest = [], []
     arguments = iter(argv)
     for argument in arguments:
-        if argument == "--config":
-            config = next(arguments, None)
-            if config is None:
-                raise invalid("config", "the flag needs a TOML file")
-        elif argument.startswith("--config="):
-            config = argument.partition("=")[2]
+        if argument == flag:
+            if (value := next(arguments, None)) is None:
+                raise invalid(flag.removeprefix("--"), "the flag needs a value")
+            values.append(value)
+        elif argument.startswith(f"{flag}="):
+            values.append(argument.partition("=")[2])
         else:
             rest.append(argument)
-    if config is not None and not Path(config).is_file():
+    return values, rest
+
+
+def _engine(given: list[str]) -> dict[str, Any]:
+    """Engine arguments of flags, each `name=value` or a JSON object."""
+    found: dict[str, Any] = {}
+    for text in given:
+        if text.startswith("{") and isinstance(several := _json(text), dict):
+            found |= several
+            continue
+        name, equals, value = text.partition("=")
+        if not name or not equals:
+            raise invalid("engine", f"must be name=value, is {text!r}")
+        found[name] = value
+    return found
+
+
+def _file(settings_cls: type[BaseSettings], config: str | None) -> list[PydanticBaseSettingsSource]:
+    if config is None:
+        return []
+    if not Path(config).is_file():
         raise invalid("config", f"no file {config!r}")
-    return (Path(config) if config else None), rest
+    try:
+        return [TomlConfigSettingsSource(settings_cls, Path(config))]
+    except (OSError, ValueError) as error:  # TOML's and UTF-8's errors are ValueErrors
+        raise invalid("config", f"cannot read {config}: {error}") from error
 
 
 def _json(given: Any) -> Any:

@@ -18,10 +18,7 @@ from vllm.lora.ops.torch_ops import lora_ops
 from vllm.lora.punica_wrapper import punica_cpu
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-from inference_service import orphans
 from inference_service.worker import TandemWorker
-
-orphans.end_with_service()
 
 
 class TandemCpuWorker(TandemWorker):

@@ -6,10 +6,9 @@ Supports vLLM 0.26 (GPU hosts) and 0.31 (CPU); where they differ, the code says 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from inference_service.launch import Launched, launch
 from inference_service.loras import Loras, Shapes
@@ -17,6 +16,11 @@ from inference_service.refusals import one_line
 from tandem.errors import Aborted, FailedPrecondition, Reason, Unavailable, invalid
 
 PauseMode = Literal["keep", "wait", "abort"]
+
+_WORKERS_S = 300.0
+_DEATH_S = 0.25  # how soon a control call notices that the engine died
+
+T = TypeVar("T")
 
 #: What a tokenizer's apply_chat_template takes for itself, beside what Tandem sets.
 _RENDER_OPTIONS = frozenset(
@@ -72,17 +76,35 @@ class Engine:
         """Whether anybody holds generation."""
         return bool(self._pausers)
 
-    @contextlib.asynccontextmanager
-    async def _calling(self) -> AsyncIterator[None]:
-        from vllm.v1.engine.exceptions import EngineDeadError
+    async def _controlled(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do `work`, which makes control calls, when no other such work is being done.
 
+        vLLM would wait for the answer of a dead engine for ever. If the caller is cancelled, `work` is, and may undo
+        what it did before the next begins.
+        """
         async with self._control:
             if self.dead:
-                raise Unavailable(Reason.ENGINE_DEAD, "the engine died; start the service again")
+                work.close()
+                raise _dead()
+            working = asyncio.ensure_future(work)
             try:
-                yield
-            except EngineDeadError as error:
-                raise Unavailable(Reason.ENGINE_DEAD, "the engine died; start the service again") from error
+                await self._until_done(working)
+            finally:
+                if not working.done():
+                    working.cancel()
+                    await self._until_done(working)
+            if not working.done():
+                raise _dead()
+            try:
+                return working.result()
+            except Exception as error:
+                if self.dead:
+                    raise _dead() from error
+                raise
+
+    async def _until_done(self, working: asyncio.Future[Any]) -> None:
+        while not working.done() and not self.dead:
+            await asyncio.wait({working}, timeout=_DEATH_S)
 
     async def pause(self, who: str, mode: PauseMode = "keep", clear_cache: bool = True) -> None:
         """Stop generation until `who` resumes. Returns once nothing runs and what ran has been handed over.
@@ -91,28 +113,29 @@ class Engine:
             Aborted: LEASE_HELD, somebody else holds generation, and letting rollouts run on or ending them would
                 reach into that.
         """
-        async with self._calling():
-            if self._pausers - {who} and mode != "keep":
-                raise Aborted(
-                    Reason.LEASE_HELD, f"generation is stopped by {min(self._pausers)}: use KEEP, or later"
-                )
-            held = who in self._pausers
-            self._pausers.add(who)
-            try:
-                # Not AsyncLLM.pause_generation: it sleeps for 20 ms to let outputs arrive, where `drain` waits for them.
-                await self.llm.engine_core.pause_scheduler_async(mode=mode, clear_cache=clear_cache)
-                await self._drain()
-            except BaseException:  # a caller that left, most of all: generation is as it was before
-                if not held:
-                    await self._release(who)
-                elif not self.dead:
-                    await self.llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
-                raise
+        await self._controlled(self._pause(who, mode, clear_cache))
+
+    async def _pause(self, who: str, mode: PauseMode, clear_cache: bool) -> None:
+        if self._pausers - {who} and mode != "keep":
+            raise Aborted(
+                Reason.LEASE_HELD, f"generation is stopped by {min(self._pausers)}: use KEEP, or later"
+            )
+        held = who in self._pausers
+        self._pausers.add(who)
+        try:
+            # Not AsyncLLM.pause_generation: it sleeps for 20 ms to let outputs arrive, where `_drain` waits for them.
+            await self.llm.engine_core.pause_scheduler_async(mode=mode, clear_cache=clear_cache)
+            await self._drain()
+        except BaseException:  # a caller that left, most of all: generation is as it was before
+            if not held:
+                await self._release(who)
+            elif not self.dead:
+                await self.llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
+            raise
 
     async def resume(self, who: str) -> None:
         """Let generation go on, unless somebody else holds it too."""
-        async with self._calling():
-            await self._release(who)
+        await self._controlled(self._release(who))
 
     async def _release(self, who: str) -> None:
         self._pausers.discard(who)
@@ -123,12 +146,10 @@ class Engine:
         """Wait until every token sampled so far has been counted to its request.
 
         The engine's socket is read in order, so that what was sampled before a pause is in the queue when the pause's
-        answer arrives. vLLM's handler takes it from there in slices, and lets the loop turn once between two.
+        answer arrives. vLLM's handler takes it from there in slices, and is done with all of it when it waits for more.
         """
-        queue = self.llm.engine_core.outputs_queue
-        while not queue.empty():
-            await asyncio.sleep(0)
-        for _ in range(len(self.llm.output_processor.request_states) // 64 + 4):
+        handler, queue = self.llm.output_handler, self.llm.engine_core.outputs_queue
+        while handler is not None and not handler.done() and (not queue.empty() or not queue._getters):  # noqa: ASYNC110
             await asyncio.sleep(0)
 
     def tokens_so_far(self, request_id: str) -> int | None:
@@ -149,13 +170,11 @@ class Engine:
 
     async def reset_prefix_cache(self) -> bool:
         """Forget cached prefixes. False if running requests hold some: then nothing was forgotten."""
-        async with self._calling():
-            return bool(await self.llm.reset_prefix_cache())
+        return bool(await self._controlled(self.llm.reset_prefix_cache()))
 
-    async def call_workers(self, method: str, *args: Any, timeout: float = 300.0) -> list[Any]:
+    async def call_workers(self, method: str, *args: Any) -> list[Any]:
         """Call a method of each worker; the answers by rank. Generation stands still meanwhile."""
-        async with self._calling():
-            return list(await self.llm.collective_rpc(method, timeout=timeout, args=args))
+        return list(await self._controlled(self.llm.collective_rpc(method, timeout=_WORKERS_S, args=args)))
 
     async def sleep(self) -> None:
         """Free the KV cache. The weights stay: they are an arena's, not vLLM's to free."""
@@ -163,26 +182,22 @@ class Engine:
             raise FailedPrecondition(
                 Reason.SLEEP_MODE_OFF, "start the engine with enable_sleep_mode to use Sleep"
             )
-        async with self._calling():
-            await self.llm.sleep(level=1)
-            self.asleep = True
+        await self._controlled(self.llm.sleep(level=1))
+        self.asleep = True
 
     async def wake_up(self) -> None:
         """Rebuild what `sleep` freed."""
-        async with self._calling():
-            if self.asleep:
-                await self.llm.wake_up()
-                self.asleep = False
+        if self.asleep:
+            await self._controlled(self.llm.wake_up())
+            self.asleep = False
 
     async def load_lora(self, name: str, path: str, policy: Shapes | None = None) -> None:
         """Load the adapter in the folder `path`, in place of any of that name. Raises as `Loras.load` does."""
-        async with self._calling():
-            await self.loras.load(name, path, policy)
+        await self._controlled(self.loras.load(name, path, policy))
 
     async def unload_lora(self, name: str) -> None:
         """Forget an adapter. Raises as `Loras.get` does."""
-        async with self._calling():
-            await self.loras.unload(name)
+        await self._controlled(self.loras.unload(name))
 
     async def encode(self, text: str) -> list[int]:
         """Token ids of a text, with the tokenizer's special tokens."""
@@ -223,7 +238,7 @@ class Engine:
                     add_generation_prompt=add_generation_prompt,
                     **variables,
                 )["input_ids"]
-            except Exception as error:  # noqa: BLE001  # templates are programs: they raise what they like
+            except Exception as error:  # templates are programs: they raise what they like
                 raise invalid("template" if template is not None else "", one_line(error)) from error
 
         return await self._in_tokenizer(render)
@@ -233,3 +248,7 @@ class Engine:
         if tokenizer is None:
             raise invalid("prompts", "the engine was started without a tokenizer: send token ids")
         return list(await asyncio.get_running_loop().run_in_executor(self._tokenizing, call, tokenizer))
+
+
+def _dead() -> Unavailable:
+    return Unavailable(Reason.ENGINE_DEAD, "the engine died; start the service again")

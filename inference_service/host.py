@@ -58,9 +58,10 @@ class Host:
     @property
     def sessions(self) -> Sessions:
         """The trainers' sessions. Raises as `policy` does."""
-        _ = self.policy
-        assert self._loaded is not None
-        return self._loaded[1]
+        loaded, _ = self._loaded, self.policy
+        if loaded is None:
+            raise AssertionError("the policy's absence raised nothing")
+        return loaded[1]
 
     def generating(self) -> Policy:
         """The policy, where tokens can be had of it now or after a pause.

@@ -134,7 +134,7 @@ def _copy(path: str, to: str, policy: Shapes) -> None:
         shutil.copyfile(os.path.join(path, name), os.path.join(to, name))
     try:
         with safe_open(os.path.join(to, _FILES[1]), "pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  # it is no dict
     except SafetensorError as error:
         raise invalid("path", f"{_FILES[1]} cannot be read: {one_line(error)}") from error
     for name, shape in shapes.items():

@@ -1,26 +1,30 @@
-"""The engine's processes end with the service, however it ends: left behind, they would hold the weights' memory."""
+"""The engine's processes end with the service, however it ends: left behind, they would hold the weights' memory.
+
+In each process that multiprocessing spawns below the service, this module is what is imported first.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import select
+import sys
 import threading
 
 _SERVICE = "TANDEM_SERVICE_PID"
 
 
 def adopt() -> None:
-    """In the service, before it starts anything: what is started from here on can tell whose it is."""
+    """In the service, before it starts anything: see to it that what is started ends with this process."""
     os.environ[_SERVICE] = str(os.getpid())
+    # By this name multiprocessing has its children import the main module, and those their children.
+    sys.modules["__main__"].__spec__ = importlib.util.find_spec(__name__)
 
 
 def end_with_service() -> None:
-    """In a process of the engine, at any depth below the service: exit as soon as the service is gone.
-
-    Without `adopt` before (vLLM started the process on another host), the parent counts as the service.
-    """
+    """Exit as soon as the service is gone."""
     try:
-        service = os.pidfd_open(int(os.environ.get(_SERVICE, os.getppid())))
+        service = os.pidfd_open(int(os.environ[_SERVICE]))
     except ProcessLookupError:
         os._exit(1)
     threading.Thread(target=_exit_after, args=(service,), name="tandem-orphan", daemon=True).start()
@@ -31,3 +35,7 @@ def _exit_after(process: int) -> None:
     waiting.register(process, select.POLLIN)
     waiting.poll()
     os._exit(1)
+
+
+if __name__ == "__mp_main__":
+    end_with_service()

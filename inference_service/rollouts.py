@@ -43,9 +43,8 @@ class Track:
         """(version, number of tokens) of the runs that tokens `start` to `end` are made of."""
         runs = []
         for (first, version), (last, _) in zip(self.marks, [*self.marks[1:], (end, 0)], strict=True):
-            if count := min(last, end) - max(first, start):
-                if count > 0:
-                    runs.append((version, count))
+            if (count := min(last, end) - max(first, start)) > 0:
+                runs.append((version, count))
         return runs
 
 

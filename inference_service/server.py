@@ -107,7 +107,7 @@ async def _load(settings: InferenceSettings, host: Host, serving: Serving) -> No
 
 async def _watch(engine: Engine, tell: Callable[[], None]) -> None:
     """Say so within half a second when the engine dies."""
-    while not engine.dead:
+    while not engine.dead:  # noqa: ASYNC110  # vLLM tells nobody
         await asyncio.sleep(0.5)
     log.error("the engine died", model=engine.info.model)
     tell()

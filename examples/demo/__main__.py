@@ -50,7 +50,7 @@ def main() -> int:
     """Run the demo. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__)
     parser.add_argument("--seed", type=int, default=0, help="of the tasks and the sampling (default 0)")
-    parser.add_argument("--steps", type=int, default=32, help="optimizer steps (default 32)")
+    parser.add_argument("--steps", type=int, default=24, help="optimizer steps (default 24)")
     parser.add_argument(
         "--model", type=Path, default=Path("out/models/SmolLM2-135M-Instruct"), help="made if absent"
     )
@@ -58,10 +58,10 @@ def main() -> int:
     options = parser.parse_args()
     console = Console()
     options.out.mkdir(parents=True, exist_ok=True)
-    sockets = Path(tempfile.mkdtemp(prefix="tandem-"))  # only ours, and short: a socket's path has a limit
+    scratch = Path(tempfile.mkdtemp(prefix="tandem-"))  # only ours, and short: a socket's path has a limit
     try:
-        with Processes(options.out, ENVIRONMENT) as processes:
-            run(options, console, processes, f"unix://{sockets}/inference.sock")
+        with Processes(options.out, ENVIRONMENT | {"TMPDIR": str(scratch)}) as processes:
+            run(options, console, processes, f"unix://{scratch}/inference.sock")
     except Interrupted as signal:
         console.print(f"stopped by {signal}; nothing is left running")
         return 130
@@ -69,7 +69,7 @@ def main() -> int:
         console.print(str(error), style="red", markup=False, highlight=False)
         return 1
     finally:
-        shutil.rmtree(sockets, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
     return 0
 
 

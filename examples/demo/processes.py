@@ -53,12 +53,12 @@ class Child:
             raise ChildError(f"{self.name} ended with code {code}. {self.log} ends:\n{end}")
         return code == 0
 
-    def stop(self, grace_s: float = GRACE_S) -> None:
+    def stop(self) -> None:
         """End it, kindly at first, and then all that is left of its group."""
         with contextlib.suppress(ProcessLookupError):
             self._process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(grace_s)
+            self._process.wait(GRACE_S)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()

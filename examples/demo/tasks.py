@@ -1,4 +1,4 @@
-"""Sums and differences of two numbers from 0 to 10, made and scored by reasoning-gym."""
+"""Sums and differences of two numbers from 0 to 10, none below 0, made and scored by reasoning-gym."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Task:
 
 
 class Tasks:
-    """All 242 tasks in an order that the seed gives. Those held out are never trained on."""
+    """All 187 tasks in an order that the seed gives. Those held out are never trained on."""
 
     def __init__(self, seed: int) -> None:
         config = BasicArithmeticDatasetConfig(
@@ -45,8 +45,9 @@ class Tasks:
             size=4000,  # draws, of which a few hundred differ
         )
         self._dataset = BasicArithmeticDataset(config)
-        found = {entry["question"]: Task(entry["question"], entry["answer"]) for entry in self._dataset}
-        self.held_out, self.training = list(found.values())[:HELD_OUT], list(found.values())[HELD_OUT:]
+        drawn = [Task(entry["question"], entry["answer"]) for entry in self._dataset]
+        tasks = list(dict.fromkeys(task for task in drawn if int(task.answer) >= 0))
+        self.held_out, self.training = tasks[:HELD_OUT], tasks[HELD_OUT:]
 
     def reward(self, completion: str, answer: str) -> float:
         """reasoning-gym's score of the last number in `completion`: 1 for the answer, less for more."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset  # type: ignore[import-untyped]
+from optimi import StableAdamW  # type: ignore[import-untyped]
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import GRPOConfig  # type: ignore[attr-defined]
@@ -61,24 +62,26 @@ def main() -> None:
     def reward(completions: list[list[dict[str, str]]], answer: list[str], **_: Any) -> list[float | None]:
         return [tasks.reward(c[0]["content"], a) for c, a in zip(completions, answer, strict=True)]
 
+    # In the engine's own dtype, so that the parameters can be the engine's memory.
+    model = AutoModelForCausalLM.from_pretrained(
+        options.model, dtype=torch.bfloat16, attn_implementation="eager"
+    )
+    # With Kahan summation: what bfloat16 rounds off one step is added to the next. Without, little is learned.
+    optimizer = StableAdamW(
+        model.parameters(), lr=4e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, triton=False
+    )
     report = Report(options.report)
     trainer = GRPOTrainer(
-        # In the engine's own dtype, so that the parameters can be the engine's memory.
-        AutoModelForCausalLM.from_pretrained(
-            options.model, dtype=torch.bfloat16, attn_implementation="eager"
-        ),
+        model,
         reward,
         GRPOConfig(
             str(options.report.parent / "trainer"),
             seed=options.seed,
             max_steps=options.steps,
-            per_device_train_batch_size=64,
+            per_device_train_batch_size=16,
+            gradient_accumulation_steps=4,  # 64 rollouts a step, in the memory that 16 take
             num_generations=8,
             max_completion_length=MAX_TOKENS,
-            learning_rate=2e-5,
-            lr_scheduler_type="constant",
-            # AdamW with Kahan summation: what bfloat16 rounds off one step is added to the next.
-            optim="stable_adamw",
             # The same bits sample and train: there is nothing to correct, and it would cost a forward pass.
             vllm_importance_sampling_correction=False,
             bf16=False,  # autocast, which a model in bfloat16 does not need
@@ -92,6 +95,7 @@ def main() -> None:
         ),
         Dataset.from_list([{"prompt": task.chat, "answer": task.answer} for task in tasks.training]),
         callbacks=[report],
+        optimizers=(optimizer, None),
         inference_address=options.address,
     )
     report.trainer = trainer

@@ -21,8 +21,10 @@ from tests.integration.calls import (
     ids,
     joined,
     one,
+    pause,
     refused,
     request,
+    resume,
     score,
     spans,
     stats,
@@ -149,7 +151,7 @@ def test_what_alone_is_larger_than_a_message_is_an_error(exact: Service) -> None
 
 
 def test_a_slow_reader_holds_up_nobody_but_itself(exact: Service) -> None:
-    """It reads one message of a large answer and then none: the rest waits in the service, bounded, and others go on."""
+    """It reads one message of a large answer and then none: the rest waits in the service, and others go on."""
     memory = psutil.Process(exact.process.pid).memory_info
     idle(exact)
     before, generated = memory().rss, stats(exact).tokens_generated
@@ -221,17 +223,25 @@ def test_a_lost_connection_takes_its_rollouts_along(exact: Service) -> None:
 
 
 def test_callers_that_leave_at_any_moment_leave_nothing(exact: Service) -> None:
-    """Among the moments are those in which requests are on their way into the engine."""
-    for i in range(60):
-        prompts = [ids([5], 8), ids([6], 8)] if i % 2 else [ids(list(range(3, 103)), 16)]
-        call = exact.inference.Generate(request(*prompts, sampling=LONG), timeout=60)
-        time.sleep(i * 0.0005)
-        call.cancel()
-    scores = [
-        exact.inference.Score(pb.ScoreRequest(sequences=[pb.TokenIds(ids=[5] * 250)] * 20), timeout=60)
-        for _ in range(10)
-    ]
-    for call in scores:
-        call.cancel()
+    """Among the moments are those in which requests are on their way into the engine. It is paused, so that none
+    can end by itself."""
     idle(exact)
-    assert len(one(exact, ids([5]), sampling=LONG).token_ids) == 200
+    before = stats(exact)
+    pause(exact)
+    try:
+        for i in range(60):
+            prompts = [ids([5], 8), ids([6], 8)] if i % 2 else [ids(list(range(3, 103)), 16)]
+            call = exact.inference.Generate(request(*prompts, sampling=LONG), timeout=60)
+            scored = pb.ScoreRequest(sequences=[pb.TokenIds(ids=[5] * 250)] * 20)
+            scores = exact.inference.Score(scored, timeout=60)
+            time.sleep(i * 0.0003)
+            call.cancel()
+            scores.cancel()
+        until(lambda: stats(exact).num_waiting == 0, 10, "nothing waits")
+    finally:
+        resume(exact)
+    assert len(one(exact, ids([5]), sampling={"max_tokens": 3, "ignore_eos": True}).token_ids) == 3
+    after = stats(exact)  # of a step of the engine's after all that
+    assert after.kv_cache_usage == 0
+    assert after.tokens_generated - before.tokens_generated == 3
+    assert after.rollouts_finished - before.rollouts_finished == 1

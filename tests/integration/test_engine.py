@@ -10,9 +10,7 @@ import grpc
 import pytest
 
 from tandem.engine.v1 import engine_pb2
-from tandem.errors import DeadlineExceeded
 from tandem.inference.v1 import inference_pb2 as pb
-from tandem.rpc import translate
 from tests.integration.calls import (
     LONG,
     Reading,
@@ -158,13 +156,13 @@ def test_a_pause_that_is_given_up_leaves_things_as_they_were(llama: Service, pau
         with under_way(llama, *[ids([5, 6, i]) for i in range(3, 11)]) as reading:
             if paused:
                 pause(llama, clear_cache=False)
-            try:
-                pause(llama, "WAIT", seconds=0.03)
-            except grpc.RpcError as error:
-                assert isinstance(translate(error), DeadlineExceeded)
-            else:
+            given_up = llama.engine.Pause.future(
+                engine_pb2.PauseRequest(mode=engine_pb2.PAUSE_MODE_WAIT), timeout=0.03
+            )
+            if given_up.exception() is None:
                 resume(llama)
                 continue
+            assert given_up.code() == grpc.StatusCode.DEADLINE_EXCEEDED
             if not paused:
                 until(lambda: state(llama) == "SERVING", 2, "nobody holds generation")
                 assert {len(rollout.token_ids) for rollout in joined(reading.end()).values()} == {200}

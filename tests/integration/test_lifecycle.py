@@ -19,9 +19,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tandem.engine.v1 import engine_pb2
 from tandem.errors import Reason, Unavailable
 from tandem.inference.v1 import inference_pb2 as pb
+from tandem.rpc import connect
 from tandem.weights.v1 import weights_pb2
 from tests.integration.calls import LONG, Reading, ids, joined, refused, request, stats, until
-from tests.services import ENGINE, ENVIRONMENT, Service, inference_service
+from tests.services import ENGINE, ENVIRONMENT, inference_service
 
 DELTAS = pb.OUTPUT_MODE_DELTAS
 INFERENCE = "tandem.inference.v1.InferenceService"
@@ -75,7 +76,7 @@ def test_sigterm_lets_what_runs_end_and_takes_nothing_new(
         assert endless.error.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
         assert service.process.wait(20) == 0
         assert time.monotonic() - begin > 6
-        assert not living(children)
+        until(lambda: not living(children), 5, "all its processes have ended")
         assert not Path(service.address.removeprefix("unix://")).exists()
         assert not list((socket_folder / "tmp").glob("tandem-*"))
         assert "Traceback" not in service.log.read_text()
@@ -101,6 +102,10 @@ def test_a_service_whose_engine_was_killed_says_so_and_ends_in_order(
         scores = service.inference.Score(
             pb.ScoreRequest(sequences=[pb.TokenIds(ids=[5] * 200)] * 50), timeout=30
         )
+        pausing = service.engine.Pause.future(
+            engine_pb2.PauseRequest(mode=engine_pb2.PAUSE_MODE_WAIT), timeout=60
+        )
+        time.sleep(0.05)
         core = next(pid for pid in children if "EngineCore" in " ".join(psutil.Process(pid).cmdline()))
         os.kill(core, signal.SIGKILL)
         for reading in running:
@@ -108,6 +113,7 @@ def test_a_service_whose_engine_was_killed_says_so_and_ends_in_order(
             assert isinstance(reading.error, Unavailable)
             assert reading.error.reason == Reason.ENGINE_DEAD
         assert refused(lambda: scores).reason == Reason.ENGINE_DEAD
+        assert refused(lambda: pausing.result(timeout=5)).reason == Reason.ENGINE_DEAD
         assert next(watch).status == STATUS.NOT_SERVING
         assert service.health("") == "NOT_SERVING"  # nothing here will be well again: start it anew
         for call in (
@@ -155,7 +161,16 @@ def test_the_engine_ends_with_a_service_that_was_killed_while_it_loaded(
         children = until(
             lambda: len(found := service.children()) >= 2 and found, 60, "an engine is being started"
         )
-        assert service.health() == "NOT_SERVING"
+        assert (service.health(), service.health("")) == ("NOT_SERVING", "SERVING")
+        assert stats(service).state == engine_pb2.SERVING_STATE_LOADING
+        for call in (
+            lambda: service.inference.GetModel(pb.GetModelRequest(), timeout=5),
+            lambda: service.inference.Generate(request(ids([5])), timeout=5),
+            lambda: service.engine.Pause(engine_pb2.PauseRequest(), timeout=5),
+            lambda: service.weights.GetManifest(weights_pb2.GetManifestRequest(), timeout=5),
+        ):
+            error = refused(call)
+            assert (error.code, error.reason) == (grpc.StatusCode.UNAVAILABLE, Reason.ENGINE_LOADING)
         service.process.kill()
         until(
             lambda: not living(children), 60, "all its processes have ended"
@@ -194,7 +209,9 @@ def test_sigterm_while_loading_ends_at_once(
 ) -> None:
     socket = socket_folder / "inference.sock"
     with command(socket_folder, f"--model={checkpoints['llama']}", *ENGINE_FLAGS) as process:
-        until(socket.exists, 30, "it serves health")
+        with connect(f"unix://{socket}") as channel:
+            check = health_pb2_grpc.HealthStub(channel).Check
+            check(health_pb2.HealthCheckRequest(), timeout=30, wait_for_ready=True)
         children = psutil.Process(process.pid).children
         if moment == "starting":
             until(lambda: len(children(recursive=True)) >= 2, 60, "an engine is being started")

@@ -40,9 +40,12 @@ class Scripted(inference_pb2_grpc.InferenceServiceServicer):
         first = request.prompts[0].token_ids.ids[0]
         if self.refuse is not None:
             if first == self.refuse:
+                while len(self.requests) < len(GROUPS):  # the others have begun
+                    time.sleep(0.01)
                 status = to_status(invalid("prompts[0]", "is not nice"))
                 context.abort_with_status(_Status(*status))
-            context.add_callback(self.ended.set)
+            if not context.add_callback(self.ended.set):  # it was cancelled before
+                self.ended.set()
             self.ended.wait(20)
         rollouts, k = [], 0
         for i, prompt in enumerate(request.prompts):

@@ -1,0 +1,83 @@
+"""Which weight version made which token of a request."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from inference_service.rollouts import Rollouts, Track
+
+
+class Engine:
+    """Counts tokens, as vLLM's output processor does."""
+
+    def __init__(self) -> None:
+        self.tokens: dict[str, int | None] = {}
+
+    def tokens_so_far(self, request_id: str) -> int | None:
+        return self.tokens.get(request_id)
+
+
+def merged(spans: list[tuple[int, int]]) -> list[int]:
+    """The version of each token."""
+    return [version for version, count in spans for _ in range(count)]
+
+
+@given(data=st.data())
+def test_every_token_has_the_version_that_was_committed_when_it_was_made(data: st.DataObject) -> None:
+    """Tokens and commits in any order, read in pieces of any size."""
+    engine: Any = Engine()
+    rollouts = Rollouts(engine, 1)
+    track = rollouts._running["r"] = Track(marks=[(0, 1)])
+    made: list[int] = []
+    read: list[int] = []
+    for step in data.draw(st.lists(st.sampled_from(["token", "commit", "add", "read"]), max_size=40)):
+        if step == "add":
+            track.added = True
+            engine.tokens.setdefault("r", 0)
+        elif step == "token" and track.added:
+            made.append(rollouts.version)
+            engine.tokens["r"] = len(made)
+        elif step == "commit":
+            rollouts.advance(rollouts.version + 1)
+        elif step == "read" and len(made) > len(read):
+            upto = data.draw(st.integers(len(read) + 1, len(made)))
+            spans = track.spans(len(read), upto)
+            assert sum(count for _, count in spans) == upto - len(read)
+            assert all(count > 0 for _, count in spans)
+            assert [version for version, _ in spans] == sorted({version for version, _ in spans})
+            read += merged(spans)
+    assert read == made[: len(read)]
+    assert merged(track.spans(0, len(made))) == made
+
+
+def test_a_request_that_has_ended_keeps_its_versions() -> None:
+    """Its last tokens wait to be read while the next version is committed."""
+    engine: Any = Engine()
+    rollouts = Rollouts(engine, 4)
+    track = rollouts._running["r"] = Track(added=True, marks=[(0, 4)])
+    engine.tokens["r"] = None  # vLLM has forgotten it
+    rollouts.advance(5)
+    assert track.spans(0, 7) == [(4, 7)]
+
+
+def test_a_request_on_its_way_into_the_engine_is_of_the_version_it_will_start_with() -> None:
+    engine: Any = Engine()
+    rollouts = Rollouts(engine, 4)
+    track = rollouts._running["r"] = Track(marks=[(0, 4)])
+    rollouts.advance(5)
+    assert track.spans(0, 7) == [(5, 7)]
+
+
+def test_no_tokens_have_no_spans() -> None:
+    assert Track(marks=[(0, 1)]).spans(0, 0) == []
+    assert Track(marks=[(0, 1), (3, 2)]).spans(3, 3) == []
+
+
+def test_the_version_is_the_last_one_committed() -> None:
+    rollouts = Rollouts(SimpleNamespace(), 1)  # type: ignore[arg-type]
+    rollouts.advance(2)
+    assert rollouts.version == 2
