@@ -58,6 +58,11 @@ class Engine:
         """Load `model` with vLLM's engine `arguments`. Raises as `launch` does."""
         return cls(await launch(model, arguments))
 
+    def stop_listening(self) -> None:
+        """Take no more outputs: vLLM's handler would report the end of the engine's processes as an error."""
+        if self.llm.output_handler is not None:
+            self.llm.output_handler.cancel()
+
     def stop(self) -> None:
         """End the engine's processes. Blocks for a few seconds."""
         self._stopped = True

@@ -1,6 +1,7 @@
 """The engine's processes end with the service, however it ends: left behind, they would hold the weights' memory.
 
-In each process that multiprocessing spawns below the service, this module is what is imported first.
+In each process that multiprocessing spawns below the service, this module is what is imported first. A worker's own
+module sees to workers that vLLM started by other means.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import select
 import sys
 import threading
+import time
 
 _SERVICE = "TANDEM_SERVICE_PID"
 
@@ -22,18 +24,21 @@ def adopt() -> None:
 
 
 def end_with_service() -> None:
-    """Exit as soon as the service is gone."""
-    try:
-        service = os.pidfd_open(int(os.environ[_SERVICE]))
-    except ProcessLookupError:
-        os._exit(1)
+    """Exit as soon as the service is gone; or the parent, where no service on this host has started us."""
+    service = int(os.environ.get(_SERVICE, os.getppid()))
     threading.Thread(target=_exit_after, args=(service,), name="tandem-orphan", daemon=True).start()
 
 
 def _exit_after(process: int) -> None:
-    waiting = select.poll()
-    waiting.register(process, select.POLLIN)
-    waiting.poll()
+    try:
+        waiting = select.poll()
+        waiting.register(os.pidfd_open(process), select.POLLIN)
+        waiting.poll()
+    except ProcessLookupError:
+        pass  # it is gone
+    except OSError:  # an old kernel, or a container that forbids the call
+        while os.path.exists(f"/proc/{process}"):
+            time.sleep(0.5)
     os._exit(1)
 
 

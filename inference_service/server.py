@@ -82,6 +82,7 @@ async def _load(settings: InferenceSettings, host: Host, serving: Serving) -> No
     async def stop() -> None:
         watching.cancel()
         await sessions.stop()
+        engine.stop_listening()
         await asyncio.to_thread(engine.stop)
 
     serving.on_stop(stop)

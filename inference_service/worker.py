@@ -12,7 +12,6 @@ from typing import Any
 from inference_service import loader, orphans
 from weight_transfer import descriptors
 
-
 orphans.end_with_service()
 
 

@@ -84,7 +84,9 @@ class Placement:
         dtype = getattr(torch, self.spec.dtype)
         pairs = []
         for block in self.blocks:
-            first = tensor.storage_offset() + block.tensor_offset  # as_strided counts from the storage's start
+            first = (
+                tensor.storage_offset() + block.tensor_offset
+            )  # as_strided counts from the storage's start
             source = tensor.as_strided(block.shape, block.tensor_strides, first)
             extent = _extent(block.shape, block.arena_strides)
             flat = arenas[block.arena].tensor(block.arena_offset, (extent,), dtype)

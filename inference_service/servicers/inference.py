@@ -26,6 +26,8 @@ _FINISH = {
 }
 #: Large enough that a message costs little for what it carries, small enough that the first comes soon.
 _MESSAGE_BYTES = 1 << 20
+#: At most what a part takes in its message beside itself.
+_FRAME_BYTES = 16
 _MAX_NAME = 256
 
 Part = TypeVar("Part", pb.Rollout, pb.SequenceScore)
@@ -72,7 +74,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 places.append((i, j))
         async with aclosing(policy.rollouts.run(requests)) as batches:
             async for batch in batches:
-                rollouts = (_rollout(request, piece, *places[piece.index]) for piece in batch)
+                rollouts: Iterable[pb.Rollout] = (
+                    _rollout(request, piece, *places[piece.index]) for piece in batch
+                )
+                if request.output_mode == pb.OUTPUT_MODE_DELTAS:
+                    rollouts = (part for rollout in rollouts for part in _fitting(rollout, self._limit))
                 for message in self._messages(rollouts):
                     yield pb.GenerateResponse(rollouts=message)
 
@@ -102,7 +108,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         together: list[Part] = []
         size = 0
         for part in parts:
-            own = part.ByteSize() + 16
+            own = part.ByteSize() + _FRAME_BYTES
             if own > self._limit:
                 raise ResourceExhausted(
                     Reason.MESSAGE_TOO_LARGE,
@@ -123,6 +129,37 @@ def _name(request_id: str) -> str:
         raise invalid("request_id", f"must have at most {_MAX_NAME} characters, has {len(request_id)}")
     structlog.contextvars.bind_contextvars(request_id=request_id)
     return f"{request_id or 'request'}-{uuid.uuid4().hex[:8]}"
+
+
+def _fitting(delta: pb.Rollout, limit: int) -> Iterator[pb.Rollout]:
+    """`delta`, cut until its pieces fit: vLLM merges the tokens that wait for a reader that lags."""
+    if delta.ByteSize() + _FRAME_BYTES <= limit or len(delta.token_ids) < 2:
+        yield delta
+        return
+    middle, k = len(delta.token_ids) // 2, delta.top_logprobs.k
+    first, rest = pb.Rollout(), pb.Rollout()
+    rest.CopyFrom(delta)  # with what comes with the last tokens
+    first.prompt_index, first.rollout_index = delta.prompt_index, delta.rollout_index
+    first.text, rest.text = delta.text, ""
+    first.prompt_token_ids[:], rest.prompt_token_ids[:] = delta.prompt_token_ids, []
+    for half, cut in ((first, slice(None, middle)), (rest, slice(middle, None))):
+        half.token_ids[:] = delta.token_ids[cut]
+        half.logprobs[:] = delta.logprobs[cut]
+        if k:
+            rows = slice(cut.start and cut.start * k, cut.stop and cut.stop * k)
+            half.top_logprobs.k = k
+            half.top_logprobs.token_ids[:] = delta.top_logprobs.token_ids[rows]
+            half.top_logprobs.logprobs[:] = delta.top_logprobs.logprobs[rows]
+    del rest.version_spans[:]
+    left = middle
+    for span in delta.version_spans:
+        before = min(span.num_tokens, left)
+        for half, count in ((first, before), (rest, span.num_tokens - before)):
+            if count:
+                half.version_spans.add(weight_version=span.weight_version, num_tokens=count)
+        left -= before
+    yield from _fitting(first, limit)
+    yield from _fitting(rest, limit)
 
 
 def _rollout(request: pb.GenerateRequest, piece: Piece, prompt_index: int, rollout_index: int) -> pb.Rollout:

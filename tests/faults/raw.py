@@ -96,10 +96,8 @@ class Session:
         )
 
     def digest(self, tensors: Tensors) -> int:
-        """Digest of the whole policy, cast to the engine's dtypes by torch itself."""
-        return combine(
-            digest_tensors([tensors[s.name].detach().to(getattr(torch, s.dtype)) for s in self.manifest])
-        )
+        """Digest of the whole policy."""
+        return digest_of(self.manifest, tensors)
 
     def chunks(self, tensors: Tensors, size: int = 0) -> Iterator[pb.TensorChunk]:
         """The whole policy in chunks."""
@@ -208,6 +206,11 @@ def manifest(stub: WeightServiceStub) -> Manifest:
     )
     assert found.digest == answer.manifest.digest
     return found
+
+
+def digest_of(manifest: Manifest, tensors: Tensors) -> int:
+    """Digest of a whole policy, cast to the engine's dtypes by torch itself."""
+    return combine(digest_tensors([tensors[s.name].detach().to(getattr(torch, s.dtype)) for s in manifest]))
 
 
 def now(stub: WeightServiceStub, *, digest: bool = False) -> pb.GetWeightVersionResponse:

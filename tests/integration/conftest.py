@@ -23,8 +23,6 @@ def exact(checkpoints: dict[str, Path]) -> Iterator[Service]:
             checkpoints["llama"],
             Path(folder),
             "--max-message-bytes=65536",
-            # vLLM hands out a step's tokens in slices of 128 requests. This engine's steps have several slices too.
-            environment={"VLLM_V1_OUTPUT_PROC_CHUNK_SIZE": "4"},
             dtype="float32",
             enable_lora="true",
             max_lora_rank="8",

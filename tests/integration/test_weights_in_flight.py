@@ -147,8 +147,8 @@ def test_several_updates_within_one_rollout(
             rollouts = running(service)
             for model in later:
                 with begin_midway(service, session, rollouts) as update:
-                    rollouts.stop_again(12)
                     move(session, update, oracle.tensors_of(model, tensors))
+                rollouts.stop_again(12)
                 models[session.version] = model
                 if not rollouts.frozen():
                     break

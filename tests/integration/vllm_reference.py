@@ -1,4 +1,4 @@
-"""vLLM's own greedy rollouts, by its offline LLM with its own model loader: `python -m tests.integration.vllm_reference`.
+"""vLLM's own greedy rollouts, by its offline LLM with its own loader: `python -m tests.integration.vllm_reference`.
 
 Standard input: {"models": {name: folder}, "prompts": [[token id]], "max_tokens": int, "engine": {argument: value}}.
 Standard output, last line: {name: [{"token_ids": [int], "margins": [float]}]}; a margin is the distance between the
