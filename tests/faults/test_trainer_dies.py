@@ -1,0 +1,143 @@
+"""Trainers that are killed or stopped at each step of an update, each way in which weights move."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tandem.errors import Aborted, Reason
+from tests.faults import raw
+from tests.faults.plane import NOTICED_S, Plane, what_is_held
+from tests.faults.raw import SHARED, STREAM
+from tests.faults.trainer_process import STEPS, trainer
+
+TRANSPORT = {"shared": SHARED, "stream": STREAM}
+#: Where a trainer that shares the memory may have left a mix.
+WRITING = ("begun", "half written", "written")
+CASES = [("shared", step) for step in STEPS] + [("stream", step) for step in STEPS if step != "attached"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_is_left(made: Plane) -> Iterator[None]:
+    """Of all that die here."""
+    made.wait_until_alone()
+    before = what_is_held(made.service)
+    yield
+    made.wait_until_alone()
+    assert what_is_held(made.service) == before
+
+
+@pytest.mark.parametrize(("transport", "step"), CASES)
+def test_a_trainer_that_is_killed(plane: Plane, transport: str, step: str) -> None:
+    address, kind = plane.service.address, TRANSPORT[transport]
+    with raw.watching(plane.stub) as changes, trainer(address, kind, stop_at=step) as process:
+        process.wait_for(step)
+        killed = time.monotonic()
+        process.kill()
+        if transport == "shared" and step in WRITING:
+            raw.wait_for(changes, "TORN")
+            assert time.monotonic() - killed < NOTICED_S
+            plane.assert_torn("the trainer")
+        plane.wait_until_alone()
+        if step == "committed":
+            plane.assert_holds(seed=1)
+        elif step == "asked to commit":  # it was heard or not
+            outcome = next(
+                c for c in changes if c[1] == "TORN" or c[0] > plane.version or transport == "stream"
+            )
+            if outcome[0] > plane.version:
+                plane.assert_holds(seed=1)
+            elif transport == "shared":
+                plane.assert_torn("the trainer")
+        elif transport == "stream" or step not in WRITING:
+            plane.assert_unchanged()
+    with trainer(address, kind, seed=2) as after:  # the next one finds a service that takes it
+        after.wait_for("committed")
+        after.wait_for("over")
+    plane.assert_holds(seed=2)
+
+
+def test_a_stopped_trainer_that_shares(plane: Plane) -> None:
+    """It has lost its lease and does not know. Nothing is served that it might still write to."""
+    with (
+        raw.watching(plane.stub) as changes,
+        trainer(plane.service.address, SHARED, stop_at="half written") as process,
+    ):
+        process.wait_for("half written")
+        stopped = time.monotonic()
+        process.freeze()
+        raw.wait_for(changes, "TORN")
+        assert time.monotonic() - stopped < NOTICED_S
+        plane.assert_torn("nothing was heard of the trainer for 2 s")
+        for call in (lambda: raw.restore(plane.stub), lambda: plane.open(STREAM)):
+            with pytest.raises(Aborted) as caught:
+                call()
+            assert caught.value.reason == Reason.LEASE_HELD
+        process.thaw()
+        process.go_on()  # it writes the other half, and asks for a commit
+        assert process.wait_for("error") == "error LEASE_LOST"
+        plane.assert_torn("nothing was heard of the trainer for 2 s")
+        process.wait_for("over")
+    plane.wait_until_alone()
+    assert raw.restore(plane.stub) == plane.version + 1
+    assert raw.now(plane.stub, digest=True).digest == plane.digest
+
+
+def test_a_stopped_trainer_that_is_killed(plane: Plane) -> None:
+    with (
+        raw.watching(plane.stub) as changes,
+        trainer(plane.service.address, SHARED, stop_at="half written") as process,
+    ):
+        process.wait_for("half written")
+        process.freeze()
+        raw.wait_for(changes, "TORN")
+        process.kill()
+        plane.wait_until_alone()
+        raw.restore(plane.stub)
+        assert raw.now(plane.stub, digest=True).digest == plane.digest
+
+
+def test_a_stopped_trainer_that_streams(plane: Plane) -> None:
+    with (
+        raw.watching(plane.stub) as changes,
+        trainer(plane.service.address, STREAM, stop_at="half written") as process,
+    ):
+        process.wait_for("half written")
+        raw.wait_for(changes, "STAGING")
+        stopped = time.monotonic()
+        process.freeze()
+        raw.wait_for(changes, "COMMITTED")
+        assert time.monotonic() - stopped < NOTICED_S
+        plane.assert_unchanged()
+        process.thaw()
+        process.go_on()
+        assert process.wait_for("error") == "error LEASE_LOST"
+    plane.assert_unchanged()
+
+
+def test_a_trainer_stopped_outside_an_update_keeps_its_session_and_nobody_waits(plane: Plane) -> None:
+    with trainer(plane.service.address, SHARED, stop_at="attached") as process:
+        process.wait_for("attached")
+        process.freeze()
+        plane.assert_unchanged()
+        with pytest.raises(Aborted) as caught:
+            plane.open(SHARED)
+        assert caught.value.reason == Reason.LEASE_HELD
+        process.thaw()
+        process.go_on()
+        process.wait_for("committed")
+    plane.assert_holds(seed=1)
+
+
+def test_two_trainers_at_once(plane: Plane) -> None:
+    """One has the lease. What the other is told does not disturb it."""
+    address = plane.service.address
+    with trainer(address, STREAM, stop_at="half written") as first:
+        first.wait_for("half written")
+        with trainer(address, STREAM, seed=2) as second:
+            assert second.wait_for("error") == "error LEASE_HELD"
+        first.go_on()
+        first.wait_for("committed")
+    plane.assert_holds(seed=1)
