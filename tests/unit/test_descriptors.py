@@ -70,9 +70,9 @@ async def make() -> AsyncIterator[Make]:
         await sessions.stop()
         sessions._arenas.arenas.clear()
     assert not any(folder.exists() for folder in folders)
-    if open_descriptors() != before:
+    if open_descriptors() > before:
         gc.collect()  # a failed test's traceback holds its frames
-    assert open_descriptors() == before, "a descriptor was left"
+    assert open_descriptors() <= before, "a descriptor was left"  # fewer: earlier tests' were closed meanwhile
 
 
 def open_descriptors() -> int:
