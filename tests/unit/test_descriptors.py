@@ -72,7 +72,8 @@ async def make() -> AsyncIterator[Make]:
     assert not any(folder.exists() for folder in folders)
     if open_descriptors() > before:
         gc.collect()  # a failed test's traceback holds its frames
-    assert open_descriptors() <= before, "a descriptor was left"  # fewer: earlier tests' were closed meanwhile
+    # Fewer are fine: earlier tests' were closed meanwhile.
+    assert open_descriptors() <= before, "a descriptor was left"
 
 
 def open_descriptors() -> int:
@@ -595,7 +596,7 @@ def test_answers_out_of_protocol(answer: Callable[[socket.socket], None], text: 
     before = open_descriptors()
     with Impostor(answer) as impostor, pytest.raises(PermissionError, match=text):
         descriptors.receive(impostor.path, b"x" * 32, 2, 5.0)
-    assert open_descriptors() == before, "descriptors that came along were left open"
+    assert open_descriptors() <= before, "descriptors that came along were left open"
 
 
 def test_a_service_that_says_nothing_is_given_up() -> None:
@@ -612,7 +613,7 @@ def test_nobody_there(tmp_path: Path) -> None:
         descriptors.receive(str(tmp_path / "s"), b"x" * 32, 2, 5.0)
     with pytest.raises(OSError, match="too long"):
         descriptors.receive("/" + "x" * 200, b"x" * 32, 2, 5.0)
-    assert open_descriptors() == before
+    assert open_descriptors() <= before
 
 
 def test_a_full_queue_is_waited_for_and_no_longer_than_asked() -> None:
