@@ -13,6 +13,11 @@ from inference_service.loras import Adapter
 from inference_service.refusals import named
 from tandem.errors import Reason, TandemError, Unavailable
 
+#: Requests of one call that enter or leave the engine in one turn of the event loop. More would hold up everybody else.
+_TURN = 16
+#: Pieces of one call that wait for its reader.
+_READY = 256
+
 #: Parameters that vLLM checks when a request is added, by its names and the contract's.
 SAMPLING = ("bad_words", "allowed_token_ids", "logit_bias", "stop_token_ids", "structured_output")
 
@@ -21,7 +26,7 @@ SAMPLING = ("bad_words", "allowed_token_ids", "logit_bias", "stop_token_ids", "s
 class Request:
     """One rollout, or one sequence to score, to ask the engine for.
 
-    prompt: vLLM's prompt (a TokensPrompt). params: vLLM's SamplingParams, of this request alone.
+    prompt: vLLM's prompt (a TokensPrompt). params: vLLM's SamplingParams, which requests may share. seed: of this one.
     """
 
     id: str
@@ -29,6 +34,7 @@ class Request:
     params: Any
     index: int = 0
     lora: Adapter | None = None
+    seed: int | None = None
 
 
 @dataclass
@@ -101,10 +107,11 @@ class Rollouts:
         """
         ready: list[Piece] = []
         some = asyncio.Event()
-        room = asyncio.Semaphore(256)
+        room = asyncio.Semaphore(_READY)
+        entering = asyncio.Semaphore(_TURN)
 
         async def one(request: Request) -> None:
-            async with aclosing(self._one(request)) as pieces:
+            async with aclosing(self._one(request, entering)) as pieces:
                 async for piece in pieces:
                     await room.acquire()
                     ready.append(piece)
@@ -133,11 +140,13 @@ class Rollouts:
         A request whose prefill an update cut in two, or a pause ended, is scored again: no score is of two versions.
         """
 
+        entering = asyncio.Semaphore(_TURN)
+
         async def one(request: Request) -> tuple[int, Any, int]:
             for attempt in range(8):
                 version = self._version
                 again = replace(request, id=f"{request.id}.{attempt}")
-                async with aclosing(self._one(again)) as pieces:
+                async with aclosing(self._one(again, entering)) as pieces:
                     output = [piece.output async for piece in pieces][-1]
                 if output.outputs[0].finish_reason != "abort" and version == self._version:
                     return request.index, output.prompt_logprobs, version
@@ -150,7 +159,7 @@ class Rollouts:
         finally:
             await _end(tasks)
 
-    async def _one(self, request: Request) -> AsyncGenerator[Piece, None]:
+    async def _one(self, request: Request, entering: asyncio.Semaphore) -> AsyncGenerator[Piece, None]:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         track = self._running[request.id] = Track(marks=[(0, self._version)])
@@ -159,7 +168,8 @@ class Rollouts:
         try:
             if request.lora is not None:
                 using.enter_context(self._engine.loras.using(request.lora))
-            queue = await self._add(request)
+            async with entering:
+                queue = await self._add(request)
             track.added = True
             if track.error is not None:  # it failed while it was being added, so that nobody could abort it
                 raise track.error
@@ -183,10 +193,12 @@ class Rollouts:
 
     async def _add(self, request: Request) -> Any:
         lora = request.lora.request if request.lora is not None else None
+        params = request.params
+        if request.seed is not None:
+            params = params.clone()
+            params.seed = request.seed
         try:
-            return await self._engine.llm.add_request(
-                request.id, request.prompt, request.params, lora_request=lora
-            )
+            return await self._engine.llm.add_request(request.id, request.prompt, params, lora_request=lora)
         except Exception as error:
             # Most of what vLLM checks this late is what the tokenizer is needed for: grammars.
             structured = request.params.structured_outputs is not None
@@ -197,6 +209,9 @@ class Rollouts:
 
 
 async def _end(tasks: Sequence[asyncio.Future[Any]]) -> None:
-    for task in tasks:
-        task.cancel()
+    running = [task for task in tasks if not task.done()]
+    for start in range(0, len(running), _TURN):
+        for task in running[start : start + _TURN]:
+            task.cancel()
+        await asyncio.sleep(0)
     await asyncio.gather(*tasks, return_exceptions=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import multiprocessing
 from collections.abc import Callable
 
@@ -101,6 +102,9 @@ async def _load(settings: InferenceSettings, host: Host, serving: Serving) -> No
 
     policy.changed.append(tell)
     host.changed = tell
+    # What is there now stays. Collections that looked through all of it would stop the loop for half a second.
+    gc.collect()
+    gc.freeze()
     tell()
     watching = asyncio.create_task(_watch(engine, tell))
     log.info("ready", model=engine.info.model, tensors=len(policy.manifest), bytes=policy.manifest.nbytes)

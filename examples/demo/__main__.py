@@ -58,7 +58,8 @@ def main() -> int:
     options = parser.parse_args()
     console = Console()
     options.out.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix="tandem-"))  # only ours, and short: a socket's path has a limit
+    # Only ours, and short: a socket's path has a limit.
+    scratch = Path(tempfile.mkdtemp(prefix="tandem-demo-"))
     try:
         with Processes(options.out, ENVIRONMENT | {"TMPDIR": str(scratch)}) as processes:
             run(options, console, processes, f"unix://{scratch}/inference.sock")

@@ -86,13 +86,10 @@ def write(folder: Path, steps: Sequence[Step], summary: dict[str, Any]) -> None:
         label="rollouts, sampled",
         marker=".",
     )
-    axes.plot(
-        [0, len(steps)],
-        [summary["reward_before"], summary["reward_after"]],
-        label="held-out tasks, greedy",
-        linestyle="--",
-        marker="o",
-    )
+    held_out = [summary["reward_before"], summary["reward_after"]]
+    axes.plot([0, len(steps)], held_out, label="held-out tasks, greedy", linestyle="", marker="D")
+    for step, reward in zip([0, len(steps)], held_out, strict=True):
+        axes.annotate(f"{reward:.2f}", (step, reward), xytext=(0, 8), textcoords="offset points", ha="center")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.savefig(folder / "reward.png", dpi=150)

@@ -13,7 +13,7 @@ from inference_service.host import Host
 from inference_service.rollouts import Piece, Request
 from inference_service.servicers import prompts
 from inference_service.servicers.engine import SERVING_STATES
-from inference_service.servicers.sampling import sampling_params, score_params, seeded
+from inference_service.servicers.sampling import sampling_params, score_params
 from tandem.errors import Reason, ResourceExhausted, invalid
 from tandem.inference.v1 import inference_pb2 as pb
 from tandem.inference.v1 import inference_pb2_grpc
@@ -69,8 +69,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         for i, prompt in enumerate(await prompts.vllm_prompts(engine, request.prompts)):
             for j in range(request.prompts[i].n or 1):
                 k = len(requests)
-                own = seeded(params, seed, k)
-                requests.append(Request(f"{name}-{k}", prompt, own, index=k, lora=lora))
+                own = None if seed is None else (seed + k) % 2**63  # vLLM's are signed
+                requests.append(Request(f"{name}-{k}", prompt, params, index=k, lora=lora, seed=own))
                 places.append((i, j))
         async with aclosing(policy.rollouts.run(requests)) as batches:
             async for batch in batches:

@@ -113,12 +113,3 @@ def _check_tokens(values: dict[str, Any], info: ModelInfo) -> None:
     for token, bias in values.get("logit_bias", {}).items():
         if not -100 <= bias <= 100:  # vLLM adds whatever it gets, NaN too
             raise invalid(f"sampling.logit_bias[{token}]", f"must be in [-100, 100], got {bias}")
-
-
-def seeded(params: Any, seed: int | None, index: int) -> Any:
-    """`params` for the `index`-th rollout of a request with `seed`."""
-    if seed is None:
-        return params
-    own = params.clone()
-    own.seed = (seed + index) % 2**63
-    return own

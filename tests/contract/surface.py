@@ -11,12 +11,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
+import functools
 import importlib
 import inspect
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 MODULES = {
     "tandem": [
@@ -26,6 +27,16 @@ MODULES = {
         "tandem.rpc.options",
         "tandem.rpc.address",
     ],
+    "weight_transfer": [
+        "weight_transfer.arena",
+        "weight_transfer.digest",
+        "weight_transfer.manifest",
+        "weight_transfer.placement",
+        "weight_transfer.scatter",
+        "weight_transfer.transports.base",
+    ],
+    "inference_service": ["inference_service.config"],
+    "trainer_service": ["trainer_service.trainers"],
 }
 """Modules by the name of the golden file that holds them."""
 
@@ -60,7 +71,8 @@ def _is_own(value: Any, module_name: str) -> bool:
         return False
     home = getattr(value, "__module__", None)
     if home is None:  # a constant
-        return isinstance(value, (str, int, float, bytes, tuple, frozenset))
+        constant = isinstance(value, (str, int, float, bytes, tuple, frozenset))
+        return constant and value is not TYPE_CHECKING
     return bool(home == module_name)
 
 
@@ -69,6 +81,8 @@ def _object(name: str, value: Any) -> Iterator[str]:
         yield from _class(name, value)
     elif callable(value):
         yield f"{name}{_signature(value)}"
+    elif isinstance(value, frozenset):  # in an order that stays
+        yield f"{name} = {sorted(value)!r}"
     else:
         yield f"{name} = {value!r}"
 
@@ -78,6 +92,15 @@ def _class(name: str, cls: type) -> Iterator[str]:
     if issubclass(cls, enum.Enum):
         yield f"{name}({bases}): {', '.join(member.name for member in cls)}"
         return
+    fields = getattr(cls, "model_fields", {})
+    if fields:  # settings: what a user can set, not how pydantic keeps it
+        yield f"{name}({bases})"
+        for field, info in sorted(fields.items()):
+            default = "required" if info.is_required() else f"= {info.default!r}"
+            if info.default_factory is not None:
+                default = f"= {info.default_factory.__name__}()"
+            yield f"{name}.{field}: {inspect.formatannotation(info.annotation)} {default}"
+        return
     own_init = "__init__" in vars(cls) or dataclasses.is_dataclass(cls)
     yield f"{name}({bases}){' ' + _signature(cls) if own_init else ''}"
     for attribute, value in sorted(vars(cls).items()):
@@ -85,6 +108,8 @@ def _class(name: str, cls: type) -> Iterator[str]:
             continue
         if isinstance(value, (staticmethod, classmethod)):
             yield f"{name}.{attribute}{_signature(value.__func__)} [{type(value).__name__}]"
+        elif isinstance(value, functools.cached_property):
+            yield f"{name}.{attribute}: {_result(value.func)}"
         elif isinstance(value, property):
             yield f"{name}.{attribute}: {_result(value.fget)}"
         elif inspect.isfunction(value):

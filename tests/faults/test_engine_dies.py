@@ -34,8 +34,13 @@ def folder() -> Iterator[Path]:
 
 @contextmanager
 def started(checkpoints: dict[str, Path], folder: Path, *flags: str) -> Iterator[Plane]:
-    """A service of its own, always at the same address."""
-    with inference_service(checkpoints["llama"], folder, *flags, wait=False) as service:
+    """A service of its own, always at the same address, with a folder of its own for what it leaves."""
+    own = folder / "tmp"
+    own.mkdir(exist_ok=True)
+    environment = {"TMPDIR": str(own)}
+    with inference_service(
+        checkpoints["llama"], folder, *flags, wait=False, environment=environment
+    ) as service:
         service.wait_until("SERVING", 240)
         yield Plane(service, checkpoints["llama"])
 
@@ -49,14 +54,10 @@ def wait_until_gone(pids: list[int], seconds: float = 10) -> None:
         time.sleep(0.05)
 
 
-def folders() -> set[str]:
-    return {name for name in os.listdir(tempfile.gettempdir()) if name.startswith("tandem-")}
-
-
 def test_a_service_that_stops_in_order_lets_an_update_end(checkpoints: dict[str, Path], folder: Path) -> None:
-    before = folders()
     with started(checkpoints, folder, "--grace-s=20") as plane:
         processes = plane.service.children()
+        assert list((folder / "tmp").glob("tandem-*")), "the descriptor socket is looked for where it is not"
         with plane.open(SHARED) as session, raw.watching(plane.stub) as changes, session.begin() as update:
             raw.wait_for(changes, "WRITING")
             plane.service.process.send_signal(signal.SIGTERM)
@@ -69,7 +70,7 @@ def test_a_service_that_stops_in_order_lets_an_update_end(checkpoints: dict[str,
             update.end()
         assert plane.service.process.wait(30) == 0
         wait_until_gone(processes)
-    assert folders() <= before, "a socket was left"
+    assert not list((folder / "tmp").glob("tandem-*")), "a socket was left"
 
 
 def test_a_killed_service_and_the_one_that_comes_after(checkpoints: dict[str, Path], folder: Path) -> None:
