@@ -11,6 +11,8 @@
 #include <system_error>
 #include <utility>
 
+#include "fd.hpp"
+
 namespace tandem {
 namespace {
 
@@ -20,22 +22,6 @@ constexpr std::size_t kMaxName = 249;
 [[noreturn]] void throw_errno(const char* what) {
     throw std::system_error(errno, std::generic_category(), what);
 }
-
-// Closes on the way out unless released.
-class FdGuard {
-  public:
-    explicit FdGuard(int fd) : fd_(fd) {}
-    ~FdGuard() {
-        if (fd_ >= 0) ::close(fd_);
-    }
-    FdGuard(const FdGuard&) = delete;
-    FdGuard& operator=(const FdGuard&) = delete;
-    int get() const { return fd_; }
-    int release() { return std::exchange(fd_, -1); }
-
-  private:
-    int fd_;
-};
 
 void check_size(std::size_t size) {
     if (size == 0) throw std::invalid_argument("arena size must be positive");
@@ -52,7 +38,7 @@ HostArena HostArena::create(const std::string& name, std::size_t size) {
         throw std::invalid_argument("arena name must have 1 to " + std::to_string(kMaxName) +
                                     " bytes and no NUL");
     }
-    FdGuard fd(::memfd_create(name.c_str(), MFD_CLOEXEC | MFD_ALLOW_SEALING));
+    Fd fd(::memfd_create(name.c_str(), MFD_CLOEXEC | MFD_ALLOW_SEALING));
     if (fd.get() < 0) throw_errno("memfd_create");
     if (::ftruncate(fd.get(), static_cast<off_t>(size)) != 0) throw_errno("ftruncate");
     if (::fcntl(fd.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) {
@@ -64,7 +50,7 @@ HostArena HostArena::create(const std::string& name, std::size_t size) {
 HostArena HostArena::open(int fd, std::size_t size) {
     check_size(size);
     if (fd < 0) throw std::invalid_argument("fd " + std::to_string(fd) + " is not a file descriptor");
-    FdGuard own(::fcntl(fd, F_DUPFD_CLOEXEC, 3));
+    Fd own(::fcntl(fd, F_DUPFD_CLOEXEC, 3));
     if (own.get() < 0) throw_errno("fcntl(F_DUPFD_CLOEXEC)");
     const int seals = ::fcntl(own.get(), F_GET_SEALS);
     if (seals < 0) {

@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "device_arena.hpp"
 #include "digest.hpp"
 #include "host_arena.hpp"
 #include "isa.hpp"
@@ -52,7 +53,7 @@ void raise_os_error(std::exception_ptr raised) {
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
-    m.doc() = "The weight plane's C++: host arena, batched cast-and-scatter, digest.";
+    m.doc() = "The weight plane's C++: arenas of host and device memory, batched cast-and-scatter, digest.";
     py::register_local_exception_translator(raise_os_error);
 
     py::class_<tandem::HostArena>(m, "HostArena", py::buffer_protocol(),
@@ -68,6 +69,14 @@ PYBIND11_MODULE(_core, m) {
             return py::buffer_info(static_cast<std::uint8_t*>(self.address()),
                                    static_cast<py::ssize_t>(self.size()), false);
         });
+
+    py::class_<tandem::DeviceArena>(m, "DeviceArena", "Shared memory of a CUDA device.")
+        .def_static("create", &tandem::DeviceArena::create, "device"_a, "size"_a, Release())
+        .def_static("open", &tandem::DeviceArena::open, "fd"_a, "device"_a, "size"_a, Release())
+        .def_property_readonly("fd", &tandem::DeviceArena::fd)
+        .def_property_readonly("device", &tandem::DeviceArena::device)
+        .def_property_readonly("size", &tandem::DeviceArena::size)
+        .def_property_readonly("address", &tandem::DeviceArena::address);
 
     m.def("scatter", &scatter, "jobs"_a, "threads"_a = 0, Release());
 

@@ -6,12 +6,14 @@ Registered as load_format "tandem" at import, which vLLM does in each worker bef
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
@@ -23,10 +25,11 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from inference_service.placer import Placer
 from inference_service.recorder import Recorder
 from weight_transfer.arena import Arena, align
-from weight_transfer.digest import digest_regions
+from weight_transfer.cuda.devices import uuid_of
+from weight_transfer.digest import digest_tensor
 from weight_transfer.manifest import TensorSpec
 from weight_transfer.placement import Block, Placement
-from weight_transfer.scatter import scatter
+from weight_transfer.write import copy
 
 LOAD_FORMAT = "tandem"
 
@@ -39,6 +42,7 @@ class HeldWeights:
         second one with those tensors as the checkpoint has them, from which vLLM's own loading takes them.
     placements: one for each tensor of the checkpoint that this worker reads, by name.
     reloaded: the names of the tensors that lie in the second arena.
+    gpu: UUID of the GPU in whose memory the arenas are; "" for host memory.
     reason: why all of these are empty, where they are: the engine would not compute with what is written.
     """
 
@@ -46,6 +50,7 @@ class HeldWeights:
     placements: list[Placement] = field(default_factory=list)
     reloaded: list[str] = field(default_factory=list)
     reason: str = ""
+    gpu: str = ""
     loader: ArenaLoader | None = None
 
     def reload(self, model: nn.Module) -> None:
@@ -70,15 +75,14 @@ class ArenaLoader(DefaultModelLoader):
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
         device = torch.device(self.load_config.device or vllm_config.device_config.device or "cpu")
-        if reason := _why_not(device, model_config):
+        if reason := _why_not(device, vllm_config):
             model: Any = super().load_model(vllm_config, model_config, prefix)
             model.tandem = HeldWeights(reason=reason)
             return cast(nn.Module, model)
         with set_default_torch_dtype(cast(torch.dtype, model_config.dtype)):
-            with device:
+            with device, _without_memory(device):
                 model = initialize_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
-            # Before anything is loaded: their own memory is never touched, so there is no second copy.
-            arena = _rebind(model)
+            arena = _rebind(model, device)
             self._recorder = Recorder()
             with self._recorder:
                 self.load_weights(model, model_config)
@@ -106,7 +110,7 @@ class ArenaLoader(DefaultModelLoader):
         where = {p.spec.name: p for p in held.placements}
         for name, tensor in super().get_all_weights(model_config, model):
             if placement := where.pop(name, None):
-                scatter(placement.pairs(held.arenas, tensor))
+                copy(placement.pairs(held.arenas, tensor))
         if where:
             raise RuntimeError(f"the checkpoint has {len(where)} tensors no more, such as {min(where)}")
         if held.reloaded:
@@ -120,7 +124,10 @@ class ArenaLoader(DefaultModelLoader):
 
     def _held(self, model: nn.Module, model_config: ModelConfig, placer: Placer) -> HeldWeights:
         """Read the checkpoint again, and see what of it lies in the arena, bit for bit."""
-        held = HeldWeights(arenas=[placer.arena], loader=self)
+        device = placer.arena.device
+        held = HeldWeights(
+            arenas=[placer.arena], gpu=uuid_of(device) if device.type == "cuda" else "", loader=self
+        )
         again: dict[str, torch.Tensor] = {}
         for name, tensor in super().get_all_weights(model_config, model):
             if not placer.used(name):
@@ -137,18 +144,42 @@ class ArenaLoader(DefaultModelLoader):
         return held
 
 
-def _why_not(device: torch.device, model_config: ModelConfig) -> str:
-    if device.type != "cpu":
-        return "the engine's weights are in a GPU's memory, which is not shared yet"
-    if model_config.quantization is not None:
+def _why_not(device: torch.device, vllm_config: VllmConfig) -> str:
+    if device.type not in ("cpu", "cuda"):
+        return f"the engine's weights are on {device.type}, whose memory is not shared"
+    if device.type == "cuda" and vllm_config.parallel_config.world_size > 1:
+        return "the engine's weights are split over several GPUs, which are not shared yet"
+    if vllm_config.model_config.quantization is not None:
         return "the engine's weights are quantized"
-    if model_config.use_mla:
+    if vllm_config.model_config.use_mla:
         return "the engine computes with products of its weights (MLA), which an update would not renew"
     return ""
 
 
-def _digest(arena: Arena) -> list[int]:
-    return digest_regions([(arena.address, arena.size)])
+@contextmanager
+def _without_memory(device: torch.device) -> Iterator[None]:
+    """Have new parameters in host memory that nothing touches, so that there never are two copies on the device.
+
+    Their values are none yet: vLLM makes them empty, and checks that the checkpoint fills each.
+    """
+
+    def move(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and parameter.device.type == device.type:
+            parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+
+    if device.type == "cpu":  # there such memory costs nothing
+        yield
+        return
+    hook = register_module_parameter_registration_hook(move)
+    try:
+        yield
+    finally:
+        hook.remove()
+        torch.cuda.empty_cache()
+
+
+def _digest(arena: Arena) -> int:
+    return digest_tensor(arena.tensor(0, (arena.size,), torch.uint8))
 
 
 def _all_in(arena: Arena, model: nn.Module) -> bool:
@@ -156,14 +187,14 @@ def _all_in(arena: Arena, model: nn.Module) -> bool:
     return all(arena.address <= p.data_ptr() < arena.address + arena.size for p in full)
 
 
-def _rebind(model: nn.Module) -> Arena:
+def _rebind(model: nn.Module, device: torch.device) -> Arena:
     """Move every parameter into one new arena; each gets a storage of its own there."""
     parameters = dict(model.named_parameters())
     offsets, size = {}, 0
     for name, parameter in parameters.items():
         offsets[name] = size
         size += align(parameter.nbytes)
-    arena = Arena.create("tandem-weights", max(size, 1))
+    arena = Arena.create("tandem-weights", max(size, 1), device)
     for name, parameter in parameters.items():
         # `.data`, not a new Parameter: tied modules share the Parameter object, and the loaders hang on it.
         parameter.data = arena.tensor(offsets[name], parameter.shape, parameter.dtype)
@@ -175,7 +206,7 @@ def _reload_arena(tensors: dict[str, torch.Tensor], held: HeldWeights) -> Arena:
     for name, tensor in tensors.items():
         offsets[name] = size
         size += align(tensor.nbytes)
-    arena = Arena.create("tandem-reload", max(size, 1))
+    arena = Arena.create("tandem-reload", max(size, 1), held.arenas[0].device)
     for name, tensor in tensors.items():
         tensor = tensor.contiguous()
         dtype = str(tensor.dtype).removeprefix("torch.")

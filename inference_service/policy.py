@@ -172,7 +172,7 @@ class Policy:
         if self.state is WeightState.WRITING:
             raise Aborted(Reason.LEASE_HELD, "the weights are being written")
         writes = self._writes
-        found = await asyncio.to_thread(self.arenas.digest)
+        found = await self.arenas.find_digest()
         if writes != self._writes:
             raise Aborted(Reason.LEASE_HELD, "the weights were written while they were read")
         return found
@@ -232,6 +232,7 @@ class Update:
         # A torn engine was stopped when it tore. Stopping it anew, and failing to, would start it.
         if not self._policy.torn:
             await self._policy.engine.pause(_UPDATE, self._in_flight, clear_cache=True)
+        await self._policy.arenas.settle()
 
     def start_writing(self) -> None:
         """From here on a failure leaves a mix."""
@@ -304,14 +305,14 @@ class Update:
         """Have the new version in the engine's memory, as the trainer has it."""
         policy, arenas = self._policy, self._policy.arenas
         if self._staging is not None:
-            tensors = self._staging.complete()
+            self._staging.complete()
             self._compare(digest, await asyncio.to_thread(self._staging.digest))
             await self.stop_generation()
             self.start_writing()
             policy.tell()
-            await asyncio.to_thread(arenas.write, tensors)
+            await arenas.write_staged(self._staging)
         elif digest is not None:
-            self._compare(digest, await asyncio.to_thread(arenas.digest))
+            self._compare(digest, await arenas.find_digest())
         if load or arenas.reloads:
             await policy.engine.call_workers(load or "tandem_reload")
 

@@ -8,8 +8,11 @@ import multiprocessing
 from collections.abc import Callable
 
 import structlog
+from tandem.engine.v1 import engine_pb2_grpc
+from tandem.inference.v1 import inference_pb2_grpc
+from tandem.weights.v1 import weights_pb2_grpc
 
-from inference_service.arenas import collect
+from inference_service.collect import collect
 from inference_service.config import InferenceSettings
 from inference_service.engine import Engine
 from inference_service.host import Host, ServingState
@@ -18,11 +21,8 @@ from inference_service.servicers.engine import EngineServicer
 from inference_service.servicers.inference import InferenceServicer
 from inference_service.servicers.weights import WeightServicer
 from inference_service.sessions import Sessions
-from tandem.engine.v1 import engine_pb2_grpc
-from tandem.inference.v1 import inference_pb2_grpc
 from tandem.rpc import Serving, ServingConfig
 from tandem.rpc.listen import Tls
-from tandem.weights.v1 import weights_pb2_grpc
 
 log = structlog.get_logger(__name__)
 
@@ -77,7 +77,7 @@ async def _load(settings: InferenceSettings, host: Host, serving: Serving) -> No
     engine = await Engine.start(settings.model, settings.engine)
     arenas = await collect(engine)
     policy = Policy(engine, arenas)
-    sessions = Sessions(arenas, gpu_uuids=(), uids=settings.trainer_uids)
+    sessions = Sessions(arenas, uids=settings.trainer_uids)
     await sessions.start()
 
     async def stop() -> None:

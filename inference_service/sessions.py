@@ -73,9 +73,9 @@ class Sessions:
     service that runs as root only.
     """
 
-    def __init__(self, arenas: EngineArenas, gpu_uuids: tuple[str, ...], uids: Sequence[int] = ()) -> None:
+    def __init__(self, arenas: EngineArenas, uids: Sequence[int] = ()) -> None:
         self._arenas = arenas
-        self._identity = ProcessIdentity.current(gpu_uuids)
+        self._identity = ProcessIdentity.current(arenas.gpus)
         self._uids = {os.geteuid(), *uids}
         self._streams: OrderedDict[str, Session] = OrderedDict()
         self._shared: Session | None = None
@@ -88,11 +88,6 @@ class Sessions:
     def path(self) -> str:
         """The descriptor socket."""
         return os.path.join(self._folder, "descriptors.sock")
-
-    @property
-    def arena_sizes(self) -> list[int]:
-        """Bytes of each arena, in the order of their descriptors."""
-        return [arena.size for arena in self._arenas.arenas]
 
     async def start(self) -> None:
         """Listen on the descriptor socket, in a folder that nobody else can enter unless `uids` may."""
@@ -218,7 +213,7 @@ class Sessions:
             reason = "the service stopped"
             try:
                 with contextlib.suppress(OSError):
-                    descriptors.send(connection, [arena.fd for arena in self._arenas.arenas])
+                    descriptors.send(connection, [handle.fd for handle in self._arenas.handles])
                     await _departure(connection, pid)
                 reason = f"the trainer (process {pid}) closed its session or died"
             finally:

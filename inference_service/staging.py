@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from tandem.errors import FailedPrecondition, Reason, Violation, invalid
+from weight_transfer.arena import Arena
 from weight_transfer.digest import combine, digest_tensors
 from weight_transfer.manifest import Manifest
 
@@ -14,12 +15,10 @@ class Staging:
 
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
-        self._offsets, size = [], 0
-        for spec in manifest:
-            self._offsets.append(size)
-            size += -(-spec.nbytes // 64) * 64
-        self._memory = torch.empty(size, dtype=torch.uint8)
-        self._bytes = memoryview(self._memory.numpy())  # type: ignore[arg-type]
+        self._offsets = manifest.offsets
+        # An arena, so that a worker can read it: a GPU's memory is written there.
+        self.arena = Arena.create("tandem-staging", max(manifest.offsets[-1], 1))
+        self._bytes = memoryview(self.arena.tensor(0, (self.arena.size,), torch.uint8).numpy())  # type: ignore[arg-type]
         self._received = [0] * len(manifest)
 
     def add(self, tensor: int, offset: int, data: bytes) -> None:
@@ -59,7 +58,12 @@ class Staging:
         return combine(digest_tensors(self._tensors()))
 
     def _tensors(self) -> list[torch.Tensor]:
-        return [
-            self._memory[start : start + spec.nbytes].view(getattr(torch, spec.dtype)).view(spec.shape)
-            for start, spec in zip(self._offsets, self._manifest, strict=True)
-        ]
+        return tensors_in(self.arena, self._manifest)
+
+
+def tensors_in(arena: Arena, manifest: Manifest) -> list[torch.Tensor]:
+    """The tensors of a staging arena, in the manifest's order."""
+    return [
+        arena.tensor(offset, spec.shape, getattr(torch, spec.dtype))
+        for offset, spec in zip(manifest.offsets, manifest, strict=False)
+    ]

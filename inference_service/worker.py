@@ -6,11 +6,17 @@ Arguments and results are plain values, as vLLM's message passing wants them.
 
 from __future__ import annotations
 
-import socket
+import os
 from typing import Any
 
-from inference_service import loader, orphans
-from weight_transfer import descriptors
+import torch
+
+from inference_service import loader, orphans, passing
+from inference_service.staging import tensors_in
+from weight_transfer.arena import Arena
+from weight_transfer.digest import combine, digest_tensor
+from weight_transfer.manifest import Manifest
+from weight_transfer.write import copy
 
 orphans.end_with_service()
 
@@ -25,14 +31,10 @@ class TandemWorker:
         """Send the arenas' descriptors to the Unix socket at `path`, and answer with what lies where."""
         held: loader.HeldWeights = self._tandem_model().tandem
         rank: int = self.rank  # type: ignore[attr-defined]
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-            connection.settimeout(10)
-            connection.connect(path)
-            connection.sendall(rank.to_bytes(4, "little"))
-            descriptors.send(connection, [arena.fd for arena in held.arenas])
-            connection.recv(1)  # the service has them
+        passing.give(path, rank, [arena.fd for arena in held.arenas])
         return {
             "rank": rank,
+            "gpu": held.gpu,
             "arenas": [arena.size for arena in held.arenas],
             "reloaded": held.reloaded,
             "reason": held.reason,
@@ -62,6 +64,28 @@ class TandemWorker:
         if held.loader is None:
             raise RuntimeError(held.reason)
         held.loader.restore(model, self.model_config)  # type: ignore[attr-defined]
+
+    def tandem_digest(self) -> int:
+        """Digest of the whole policy, in the order of its tensors' names."""
+        held: loader.HeldWeights = self._tandem_model().tandem
+        return combine([digest_tensor(p.gather(held.arenas)) for p in held.placements])
+
+    def tandem_write(self, path: str, size: int) -> None:
+        """Write what the service staged in the memory whose descriptor it offers at `path`."""
+        held: loader.HeldWeights = self._tandem_model().tandem
+        manifest = Manifest(tuple(p.spec for p in held.placements))
+        (fd,) = passing.take(path)
+        staged = Arena.open(fd, size)
+        os.close(fd)
+        for placement, tensor in zip(held.placements, tensors_in(staged, manifest), strict=True):
+            # To the device whole, and there to its place.
+            copy(placement.pairs(held.arenas, tensor.to(held.arenas[0].device)))
+        self.tandem_settle()
+
+    def tandem_settle(self) -> None:
+        """Wait for every kernel of this process."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
 
     def tandem_addresses(self) -> dict[str, int]:
         """Address of every parameter in this process."""

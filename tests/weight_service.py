@@ -16,18 +16,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from tandem.inference.v1 import inference_pb2_grpc
+from tandem.weights.v1 import weights_pb2_grpc
 from torch import nn
 
-from inference_service.arenas import EngineArenas
+from inference_service.arenas import HostArenas
 from inference_service.host import Host
 from inference_service.launch import ModelInfo
 from inference_service.policy import Policy
 from inference_service.servicers.inference import InferenceServicer
 from inference_service.servicers.weights import WeightServicer
 from inference_service.sessions import Sessions
-from tandem.inference.v1 import inference_pb2_grpc
 from tandem.rpc import Serving, ServingConfig
-from tandem.weights.v1 import weights_pb2_grpc
 from weight_transfer.arena import Arena, align
 from weight_transfer.manifest import TensorSpec
 from weight_transfer.placement import Block, Placement, contiguous_strides
@@ -68,7 +68,7 @@ class IdleEngine:
         pass
 
 
-def engine_arenas(model: nn.Module) -> EngineArenas:
+def engine_arenas(model: nn.Module) -> HostArenas:
     """Zeroed memory for `model` in bfloat16, each tensor in one block."""
     placements, offset = [], 0
     for name, parameter in sorted(model.named_parameters()):
@@ -76,13 +76,13 @@ def engine_arenas(model: nn.Module) -> EngineArenas:
         spec, strides = TensorSpec(name, "bfloat16", shape), contiguous_strides(shape)
         placements.append(Placement(spec, (Block(0, offset, strides, 0, strides, shape),)))
         offset = align(offset + spec.nbytes)
-    return EngineArenas([Arena.create("engine", offset)], placements)
+    return HostArenas([Arena.create("engine", offset)], placements)
 
 
 async def serve(address: str, lease_timeout_s: float) -> None:
     arenas = engine_arenas(network())
     policy = Policy(IdleEngine(), arenas)  # type: ignore[arg-type]
-    sessions = Sessions(arenas, ())
+    sessions = Sessions(arenas)
     await sessions.start()
     host = Host()
     host.load(policy, sessions)

@@ -7,8 +7,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tandem.errors import InvalidArgument, Reason, Violation, invalid
 from tandem.inference.v1 import inference_pb2 as pb
+
+from tandem.errors import InvalidArgument, Reason, Violation, invalid
 
 _SCALARS = frozenset(
     {

@@ -6,13 +6,13 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import cast
 
-import torch
+from tandem.weights.v1 import weights_pb2 as pb
 
 from tandem import rpc
 from tandem.errors import FailedPrecondition, Internal, Reason
-from tandem.weights.v1 import weights_pb2 as pb
 from trainer_service.client import InferenceClient
 from trainer_service.lease import Lease
+from weight_transfer.cuda.devices import uuid_of
 from weight_transfer.identity import ProcessIdentity
 from weight_transfer.manifest import Manifest, TensorSpec
 from weight_transfer.placement import Block, Placement
@@ -68,7 +68,7 @@ class Session:
         chosen = pb.Transport.Name(opened.transport).removeprefix("TRANSPORT_").lower()
         try:
             self.transport = open_transport(_handshake(chosen, opened, manifest, policy), timeout_s)
-        except (OSError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             message = f"The {chosen} transport could not be opened: {error}"
             raise FailedPrecondition(Reason.TRANSPORT_UNAVAILABLE, message) from error
         logger.info("weights move by the %s transport%s", chosen, opened.reason and f": {opened.reason}")
@@ -99,10 +99,7 @@ class Session:
 
 def _identity(policy: Sequence[SourceTensor]) -> pb.ProcessIdentity:
     devices = {s.parameter.device for s in policy if s.parameter is not None and s.parameter.is_cuda}
-    uuids = tuple(
-        f"GPU-{torch.cuda.get_device_properties(device).uuid}" for device in sorted(devices, key=str)
-    )
-    mine = ProcessIdentity.current(uuids)
+    mine = ProcessIdentity.current(tuple(uuid_of(device) for device in sorted(devices, key=str)))
     return pb.ProcessIdentity(
         boot_id=mine.boot_id,
         pid_namespace=mine.pid_namespace,
@@ -146,7 +143,8 @@ def _handshake(
         max_chunk_bytes=opened.max_chunk_bytes,
         descriptor_socket=shared.descriptor_socket,
         token=shared.token,
-        arena_sizes=tuple(shared.arenas),
+        arena_sizes=tuple(arena.size for arena in shared.arenas),
+        arena_gpus=tuple(arena.gpu_uuid for arena in shared.arenas),
         placements=tuple(
             Placement(manifest.tensors[manifest.positions[source.name]], tuple(map(_block, p.blocks)))
             for source, p in zip(policy, shared.placements, strict=False)

@@ -1,15 +1,15 @@
-"""Host memory that holds the engine's weights and that another process can map."""
+"""Memory that holds the engine's weights and that another process can map: a host's, or a CUDA device's."""
 
 from __future__ import annotations
 
 import math
 import operator
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 
-from weight_transfer._core import HostArena
+from weight_transfer._core import DeviceArena, HostArena
 
 ALIGNMENT = 256
 """Bytes. Tensors in an arena start at multiples of this: enough for any vector load, on CPU and GPU."""
@@ -25,31 +25,41 @@ def align(n: int) -> int:
 
 
 class Arena:
-    """A block of host memory, mapped shared and writable; its size never changes.
+    """A block of memory, mapped shared and writable; its size never changes.
 
     Tensors made from it keep the mapping alive, so it may be dropped before them. The memory itself lives
-    until the last process that has it mapped is done.
+    until the last process that has it mapped, or holds its descriptor, is done. A device's is CUDA's virtual memory
+    with a POSIX descriptor (cuMemCreate), which needs no allocator's cooperation on either side.
     """
 
-    def __init__(self, memory: HostArena) -> None:
+    def __init__(self, memory: HostArena | DeviceArena) -> None:
         self._memory = memory
 
     @classmethod
-    def create(cls, name: str, size: int) -> Self:
-        """New zeroed memory of ``size`` bytes. ``name`` (1 to 249 bytes) only shows in ``/proc``.
+    def create(cls, name: str, size: int, device: torch.device | str = "cpu") -> Self:
+        """New memory of ``size`` bytes; a host's is zeroed. ``name`` (1 to 249 bytes) shows in ``/proc`` for a host's.
 
-        Raises ValueError for a bad name or size, OSError when the system refuses.
+        Raises ValueError for a bad name or size, OSError when the system refuses, RuntimeError when the CUDA
+        driver does, naming its error.
         """
-        return cls(HostArena.create(name, _checked_size(size)))
+        size, index = _checked_size(size), _cuda_index(device)
+        return cls(HostArena.create(name, size) if index is None else DeviceArena.create(index, size))
 
     @classmethod
-    def open(cls, fd: int, size: int) -> Self:
+    def open(cls, fd: int, size: int, device: torch.device | str = "cpu") -> Self:
         """Map the arena behind ``fd``, made by ``create`` here or elsewhere. ``fd`` stays the caller's.
 
         Raises ValueError when ``fd`` is not sealed memory of exactly ``size`` bytes, OSError when it is
-        not open.
+        not open, RuntimeError when it is not memory of that CUDA device.
         """
-        return cls(HostArena.open(fd, _checked_size(size)))
+        size, index = _checked_size(size), _cuda_index(device)
+        return cls(HostArena.open(fd, size) if index is None else DeviceArena.open(fd, index, size))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the memory is."""
+        host = isinstance(self._memory, HostArena)
+        return torch.device("cpu") if host else torch.device("cuda", self._memory.device)
 
     @property
     def fd(self) -> int:
@@ -67,7 +77,7 @@ class Arena:
         return self._memory.address
 
     def tensor(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """A contiguous CPU tensor over the arena's bytes from ``offset``: no copy, and a storage of its own.
+        """A contiguous tensor over the arena's bytes from ``offset``: no copy, and a storage of its own.
 
         The storage covers just this tensor. Raises ValueError when the tensor does not lie within the
         arena or ``offset`` is not a multiple of the dtype's size.
@@ -87,12 +97,38 @@ class Arena:
             )
         # Explicit device and no inference mode: engines build models under torch.device(...) contexts.
         with torch.inference_mode(False):
-            tensor = torch.empty(0, dtype=dtype, device="cpu")
+            tensor = torch.empty(0, dtype=dtype, device=self.device)
             if count == 0:
                 return tensor.new_empty(shape)
-            # frombuffer keeps a reference to the memory for as long as the storage lives.
-            flat = torch.frombuffer(self._memory, dtype=torch.uint8, offset=offset, count=nbytes)
+            # Either keeps a reference to the memory for as long as the storage lives.
+            if isinstance(self._memory, HostArena):
+                flat = torch.frombuffer(self._memory, dtype=torch.uint8, offset=offset, count=nbytes)
+            else:
+                flat = torch.as_tensor(_Bytes(self._memory, offset, nbytes), device=self.device)
             return tensor.set_(flat.untyped_storage(), 0, shape)  # type: ignore[call-overload,no-any-return]
+
+
+class _Bytes:
+    """Bytes of a device's arena, as torch takes over others' memory."""
+
+    def __init__(self, memory: DeviceArena, offset: int, nbytes: int) -> None:
+        self._memory = memory
+        self.__cuda_array_interface__: dict[str, Any] = {
+            "shape": (nbytes,),
+            "typestr": "|u1",
+            "data": (memory.address + offset, False),
+            "version": 3,
+        }
+
+
+def _cuda_index(device: torch.device | str) -> int | None:
+    device = torch.device(device)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"an arena cannot be on {device}: only on cpu and cuda")
+    if device.type == "cpu":
+        return None
+    # Initializes CUDA too: torch takes over no memory before.
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def _checked_size(size: int) -> int:

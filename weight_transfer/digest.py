@@ -43,18 +43,24 @@ def combine(digests: Sequence[int]) -> int:
 
 
 def digest_tensor(tensor: torch.Tensor) -> int:
-    """The digest of one CPU tensor's elements in row-major order; see ``digest_tensors``."""
+    """The digest of one tensor's elements in row-major order; see ``digest_tensors``."""
     return digest_tensors([tensor])[0]
 
 
 def digest_tensors(tensors: Sequence[torch.Tensor], *, threads: int = 0) -> list[int]:
-    """The digest of each CPU tensor's elements in row-major order, whatever its strides.
+    """The digest of each tensor's elements in row-major order, whatever its strides. All must be on one device.
 
     Shape and dtype do not count, only bytes. A tensor that is not contiguous is copied first, so hand over
-    contiguous ones where memory matters. Raises ValueError for a tensor that is not in host memory.
+    contiguous ones where memory matters. On a CUDA device this waits for torch's current stream.
+
+    Raises ValueError for tensors that are neither in host memory nor all on one CUDA device.
     """
-    for index, tensor in enumerate(tensors):
-        if tensor.device.type != "cpu":
-            raise ValueError(f"tensor {index} is on {tensor.device}, not in host memory")
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) > 1 or not {device.type for device in devices} <= {"cpu", "cuda"}:
+        raise ValueError(f"tensors are on {', '.join(sorted(map(str, devices)))}: not all in one place")
+    if devices and devices.pop().type == "cuda":
+        from weight_transfer.cuda.digest import sums
+
+        return [finish(total, tensor.nbytes) for total, tensor in zip(sums(tensors), tensors, strict=True)]
     held = [tensor.detach().contiguous() for tensor in tensors]
     return _core.digest_regions([(tensor.data_ptr(), tensor.nbytes) for tensor in held], threads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,9 @@ ITEMSIZE = {
 
 #: The dtypes that are cast among each other on the way to the engine.
 CASTABLE = frozenset({"float64", "float32", "float16", "bfloat16"})
+
+
+_ALIGNMENT = 256
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,12 @@ class Manifest:
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.tensors)
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Where each tensor begins when all lie in one block of memory, each aligned; and behind them, its size."""
+        aligned = [-(-t.nbytes // _ALIGNMENT) * _ALIGNMENT for t in self.tensors]
+        return tuple(itertools.accumulate(aligned, initial=0))
 
 
 def mismatches(engine: Manifest, trainer: Sequence[TensorSpec]) -> list[Mismatch]:

@@ -7,6 +7,9 @@ from collections.abc import AsyncIterator
 from datetime import timedelta
 from typing import Any, cast
 
+from tandem.weights.v1 import weights_pb2 as pb
+from tandem.weights.v1 import weights_pb2_grpc
+
 from inference_service.host import Host
 from inference_service.policy import Policy, Update
 from inference_service.servicers.engine import pause_mode
@@ -21,8 +24,6 @@ from tandem.errors import (
     invalid,
 )
 from tandem.errors import InvalidArgument as InvalidArgumentError
-from tandem.weights.v1 import weights_pb2 as pb
-from tandem.weights.v1 import weights_pb2_grpc
 from weight_transfer.identity import ProcessIdentity
 from weight_transfer.manifest import TensorSpec
 from weight_transfer.placement import Placement
@@ -64,7 +65,10 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
             where = {p.spec.name: p for p in policy.arenas.placements}
             response.shared.descriptor_socket = sessions.path
             response.shared.token = session.token
-            response.shared.arenas.extend(sessions.arena_sizes)
+            response.shared.arenas.extend(
+                pb.Arena(size=handle.size, gpu_uuid=handle.gpu, rank=handle.rank)
+                for handle in policy.arenas.handles
+            )
             response.shared.placements.extend(_placement(where[t.name], t.dtype) for t in session.tensors)
         return response
 

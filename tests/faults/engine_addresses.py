@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from inference_service.arenas import collect
+from inference_service.collect import collect
 from inference_service.engine import Engine
 from tests.services import ENGINE
 

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-
-from tandem import rpc
 from tandem.weights.v1 import weights_pb2 as pb
 from tandem.weights.v1.weights_pb2_grpc import WeightServiceStub
+
+from tandem import rpc
 from weight_transfer import descriptors
 from weight_transfer.arena import Arena
 from weight_transfer.digest import combine, digest_tensors
@@ -76,11 +76,12 @@ class Session:
             name: Placement(specs[name], tuple(map(_block, placement.blocks)))
             for name, placement in zip(self._names, shared.placements, strict=True)
         }
-        check(list(self.placements.values()), shared.arenas)
+        sizes = [arena.size for arena in shared.arenas]
+        check(list(self.placements.values()), sizes)
         fds, self.connection = descriptors.receive(
             shared.descriptor_socket, shared.token, len(shared.arenas), TIMEOUT_S
         )
-        self.arenas = [Arena.open(fd, size) for fd, size in zip(fds, shared.arenas, strict=True)]
+        self.arenas = [Arena.open(fd, size) for fd, size in zip(fds, sizes, strict=True)]
         for fd in fds:
             os.close(fd)
         return self

@@ -22,7 +22,7 @@ import structlog
 import torch
 
 from inference_service import sessions as sessions_module
-from inference_service.arenas import EngineArenas
+from inference_service.arenas import HostArenas
 from inference_service.sessions import MAX_SILENT, MAX_STREAM_SESSIONS, SHARED, STREAM, Session, Sessions
 from tandem.errors import Aborted, FailedPrecondition, InvalidArgument, NotFound, Reason
 from weight_transfer import descriptors
@@ -42,12 +42,12 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def engine_arenas() -> EngineArenas:
+def engine_arenas() -> HostArenas:
     placements = [
         Placement(SPECS[0], (Block(0, 0, (2, 1), 0, (2, 1), (4, 2)),)),
         Placement(SPECS[1], (Block(1, 8, (1,), 0, (1,), (3,)),)),
     ]
-    return EngineArenas([Arena.create("one", 256), Arena.create("two", 512)], placements)
+    return HostArenas([Arena.create("one", 256), Arena.create("two", 512)], placements)
 
 
 Make = Callable[..., Any]
@@ -59,7 +59,7 @@ async def make() -> AsyncIterator[Make]:
     before, folders, started = open_descriptors(), [], []
 
     async def start(**arguments: Any) -> Sessions:
-        sessions = Sessions(engine_arenas(), (), **arguments)
+        sessions = Sessions(engine_arenas(), **arguments)
         await sessions.start()
         started.append(sessions)
         folders.append(Path(sessions.path).parent)
@@ -110,7 +110,9 @@ async def test_the_token_gives_the_engines_memory(make: Make) -> None:
         sessions.get(session.id)
     fds, connection = await attach(sessions, session.token)
     assert sessions.get(session.id) is session
-    arenas = [Arena.open(fd, size) for fd, size in zip(fds, sessions.arena_sizes, strict=True)]
+    arenas = [
+        Arena.open(fd, size) for fd, size in zip(fds, [h.size for h in sessions._arenas.handles], strict=True)
+    ]
     assert all(fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC for fd in fds), "a child would keep them"
     close(fds)
     arenas[1].tensor(0, (4,), torch.uint8).fill_(7)

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inference_service.arenas import EngineArenas
+from inference_service.arenas import HostArenas
 from inference_service.policy import FIRST_VERSION, Policy, Update, WeightState
 from inference_service.rollouts import Track
 from tandem.errors import Aborted, FailedPrecondition, Reason, TandemError, Unavailable
@@ -95,7 +95,7 @@ class Engine:
             raise Unavailable(Reason.ENGINE_DEAD, "dead")
 
 
-class Arenas(EngineArenas):
+class Arenas(HostArenas):
     """Real memory, whose thread-run work hangs or fails where a test says so."""
 
     failing: BaseException | None = None

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inference_service.arenas import EngineArenas
+from inference_service.arenas import HostArenas
 from inference_service.staging import Staging
 from tandem.errors import FailedPrecondition, InvalidArgument, Reason
 from weight_transfer.arena import Arena
@@ -75,7 +75,7 @@ def test_what_was_staged_reaches_its_own_place() -> None:
         strides = contiguous_strides(spec.shape)
         placements.append(Placement(spec, (Block(0, offset, strides, 0, strides, spec.shape),)))
         offset += 256
-    arenas = EngineArenas([Arena.create("engine", offset)], placements)
+    arenas = HostArenas([Arena.create("engine", offset)], placements)
     staging = Staging(arenas.manifest)
     for chunk in itertools.chain(*chunks(values()[:2])):
         staging.add(*chunk)

@@ -59,6 +59,7 @@ class Handshake:
     descriptor_socket: str = ""
     token: bytes = b""
     arena_sizes: tuple[int, ...] = ()
+    arena_gpus: tuple[str, ...] = ()  # UUIDs; "" for host memory
     placements: tuple[Placement, ...] = ()
 
 

@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from weight_transfer import descriptors, placement, scatter
+from weight_transfer import descriptors, placement
 from weight_transfer import digest as digests
 from weight_transfer.arena import Arena
 from weight_transfer.manifest import Manifest
 from weight_transfer.placement import Placement
 from weight_transfer.transports.base import Chunk, Handshake, Moved, SourceTensor, WeightTransport
+from weight_transfer.write import write
 
 
 class SharedTransport(WeightTransport):
@@ -41,12 +42,13 @@ class SharedTransport(WeightTransport):
     def connect(cls, handshake: Handshake, timeout_s: float) -> SharedTransport:
         """Fetch the arenas' descriptors and map them. Errors are those of `open_transport`."""
         sizes = handshake.arena_sizes
+        devices = [_device(gpu) for gpu in handshake.arena_gpus]
         placement.check(handshake.placements, sizes)  # before anything is mapped by it
         fds, connection = descriptors.receive(
             handshake.descriptor_socket, handshake.token, len(sizes), timeout_s
         )
         try:
-            arenas = [Arena.open(fd, size) for fd, size in zip(fds, sizes, strict=True)]
+            arenas = [Arena.open(*arena) for arena in zip(fds, sizes, devices, strict=True)]
         except BaseException:
             connection.close()
             raise
@@ -67,26 +69,35 @@ class SharedTransport(WeightTransport):
     ) -> Moved:
         self.touched = False
         moving = [source for source in policy if not self._in_place(source)]
+        nbytes = sum(self._placements[source.name].spec.nbytes for source in moving)
         parts = [0] * len(self._manifest)
-        standing: list[scatter.Pair] = []
-        for source in policy if digest or moving else ():
-            self._read(source, standing, parts)
-        self._write(standing)
+        if digest or moving:
+            standing = [source for source in policy if self._in_place(source)]
+            values = [source.read().detach() for source in standing]
+            self._note(standing, digests.digest_tensors(values), parts)
+            whole = [source for source in moving if source.parameter is not None]
+            self._write(whole, parts)
+            for source in moving:
+                if (
+                    source.parameter is None
+                ):  # one by one, so that no more fresh memory is held than a tensor's
+                    self._write([source], parts)
         for source in moving:
             self._alias(source)
-        nbytes = sum(self._placements[source.name].spec.nbytes for source in moving)
+        for device in {arena.device for arena in self._arenas if arena.device.type == "cuda"}:
+            # What was written, by whomever here, must be there before the engine goes on.
+            torch.cuda.synchronize(device)
         return Moved(nbytes, digests.combine(parts) if digest or moving else None)
 
-    def _read(self, source: SourceTensor, standing: list[scatter.Pair], parts: list[int]) -> None:
-        place, value = self._placements[source.name], source.read().detach()
-        pairs = [] if self._in_place(source) else place.pairs(self._arenas, value)
-        if source.parameter is None:
-            self._write(pairs)  # now, so that fresh memory is not held for longer than one tensor
-        else:
-            standing += pairs
-        # Of what the trainer means to write, not of what it finds written: that is for the engine to digest.
-        cast = value.to(getattr(torch, place.spec.dtype))
-        parts[self._manifest.positions[source.name]] = digests.digest_tensor(cast)
+    def _write(self, sources: Sequence[SourceTensor], parts: list[int]) -> None:
+        if sources:
+            self.touched = True
+            items = [(self._placements[source.name], source.read().detach()) for source in sources]
+            self._note(sources, write(items, self._arenas), parts)
+
+    def _note(self, sources: Sequence[SourceTensor], found: Sequence[int], parts: list[int]) -> None:
+        for source, digest in zip(sources, found, strict=True):
+            parts[self._manifest.positions[source.name]] = digest
 
     def close(self) -> None:
         with torch.no_grad():
@@ -116,11 +127,14 @@ class SharedTransport(WeightTransport):
             source.parameter.data = place.view(self._arenas)
             self._aliased[id(source.parameter)] = source.parameter
 
-    def _write(self, pairs: Sequence[scatter.Pair]) -> None:
-        if pairs:
-            self.touched = True
-            scatter.scatter(pairs)
-
     def _is_ours(self, parameter: torch.nn.Parameter) -> bool:
         address = parameter.data_ptr()
         return any(arena.address <= address < arena.address + arena.size for arena in self._arenas)
+
+
+def _device(gpu: str) -> torch.device:
+    if not gpu:
+        return torch.device("cpu")
+    from weight_transfer.cuda.devices import device_of
+
+    return device_of(gpu)

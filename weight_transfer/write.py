@@ -1,0 +1,46 @@
+"""Writing tensors into the arenas, where their placements say, with a cast to the engine's dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from weight_transfer import digest as digests
+from weight_transfer.arena import Arena
+from weight_transfer.placement import Placement
+from weight_transfer.scatter import Pair, scatter
+
+
+def write(items: Sequence[tuple[Placement, torch.Tensor]], arenas: Sequence[Arena]) -> list[int]:
+    """Write each tensor, of its placement's shape, into the arenas. Returns the digest of each as it was to be written.
+
+    The digests are of what the caller means to write, not of what is then found there: that is for the engine to
+    digest. On a CUDA device one kernel casts, scatters and digests in a single pass; the call returns when it is done.
+
+    Raises:
+        ValueError: as `scatter` does, for tensors in host memory.
+    """
+    if not items:
+        return []
+    if arenas[0].device.type == "cuda" and all(tensor.device == arenas[0].device for _, tensor in items):
+        from weight_transfer.cuda.write import write as write_on_device
+
+        sums = write_on_device(items, arenas)
+        return [
+            digests.finish(total, place.spec.nbytes) for total, (place, _) in zip(sums, items, strict=True)
+        ]
+    found = [
+        digests.digest_tensor(tensor.detach().to(getattr(torch, place.spec.dtype))) for place, tensor in items
+    ]
+    copy([pair for place, tensor in items for pair in place.pairs(arenas, tensor)])
+    return found
+
+
+def copy(pairs: Sequence[Pair]) -> None:
+    """Write each source into its destination, wherever both are. In host memory this is `scatter`, with its errors."""
+    if all(tensor.device.type == "cpu" for pair in pairs for tensor in pair):
+        scatter(pairs)
+        return
+    for source, destination in pairs:
+        destination.copy_(source)
