@@ -1,9 +1,9 @@
 """The policy in the engine: its weight version, and how that changes. Knows nothing of gRPC.
 
-    COMMITTED --begin(in place)--> WRITING --commit--> COMMITTED (version + 1)
+    COMMITTED --begin(in place)--> WRITING --commit--> COMMITTED (new version)
         |                             |----abort(untouched)--> COMMITTED
-        |                             '----any other end-----> TORN --begin, commit--> COMMITTED (version + 1)
-        '-----begin(staged)-----> STAGING --commit--> COMMITTED (version + 1)
+        |                             '----any other end-----> TORN --begin, commit--> COMMITTED (new version)
+        '-----begin(staged)-----> STAGING --commit--> COMMITTED (new version)
                                       '----any other end-----> COMMITTED
 
 While WRITING the engine is idle: nothing reads what is being written. While STAGING it serves the committed
@@ -100,11 +100,13 @@ class Policy:
         in_place: bool,
         in_flight: PauseMode = "keep",
         writer: Writer | None = None,
+        new_version: int | None = None,
     ) -> Update:
         """Take the write lease for one update.
 
         Args:
             base_version: the committed version that the new one builds on.
+            new_version: its number, above the base's; base plus one if None.
             in_place: whether the trainer writes the engine's memory, the engine being idle until the end.
             in_flight: what becomes of running rollouts when generation stops.
             writer: who writes in place, if it is another process. One that lost its lease cannot be kept from
@@ -115,8 +117,12 @@ class Policy:
         all the trainer's parameters are the engine's memory), so that each commit heals a torn engine.
 
         Raises:
-            Aborted: LEASE_HELD. FailedPrecondition: BASE_VERSION_MISMATCH. Unavailable: ENGINE_DEAD.
+            InvalidArgument: `new_version`. Aborted: LEASE_HELD. FailedPrecondition: BASE_VERSION_MISMATCH.
+            Unavailable: ENGINE_DEAD.
         """
+        number = base_version + 1 if new_version is None else new_version
+        if not base_version < number < 2**63:
+            raise invalid("begin.new_version", f"must be above the base version {base_version}, got {number}")
         if self._update is not None:
             raise Aborted(Reason.LEASE_HELD, "another update is under way")
         if self._stray is not None and self._stray is not writer and self._stray.alive:
@@ -131,7 +137,7 @@ class Policy:
                 metadata={"base_version": str(base_version), "weight_version": str(self.version)},
             )
         self.require_life()
-        update = self._update = Update(self, in_place=in_place, in_flight=in_flight, writer=writer)
+        update = self._update = Update(self, number, in_place=in_place, in_flight=in_flight, writer=writer)
         if in_place:
             try:
                 await update.stop_generation()
@@ -215,11 +221,18 @@ class Update:
     """
 
     def __init__(
-        self, policy: Policy, *, in_place: bool, in_flight: PauseMode, writer: Writer | None = None
+        self,
+        policy: Policy,
+        number: int,
+        *,
+        in_place: bool,
+        in_flight: PauseMode,
+        writer: Writer | None = None,
     ) -> None:
         self.in_place = in_place
         self.writing = False  # the engine's memory is written now, or may be
         self._policy = policy
+        self._number = number
         self._in_flight = in_flight
         self._writer = writer
         self._ended = False
@@ -288,7 +301,7 @@ class Update:
         try:
             await self._bring(digest, load)
             policy.require_life()
-            policy.rollouts.advance(policy.version + 1)
+            policy.rollouts.advance(self._number)
         except BaseException as error:
             known = isinstance(error, TandemError)
             log.warning("commit failed", weight_version=policy.version, exc_info=None if known else error)

@@ -8,9 +8,6 @@ import multiprocessing
 from collections.abc import Callable
 
 import structlog
-from tandem.engine.v1 import engine_pb2_grpc
-from tandem.inference.v1 import inference_pb2_grpc
-from tandem.weights.v1 import weights_pb2_grpc
 
 from inference_service.collect import collect
 from inference_service.config import InferenceSettings
@@ -21,8 +18,11 @@ from inference_service.servicers.engine import EngineServicer
 from inference_service.servicers.inference import InferenceServicer
 from inference_service.servicers.weights import WeightServicer
 from inference_service.sessions import Sessions
+from tandem.engine.v1 import engine_pb2_grpc
+from tandem.inference.v1 import inference_pb2_grpc
 from tandem.rpc import Serving, ServingConfig
 from tandem.rpc.listen import Tls
+from tandem.weights.v1 import weights_pb2_grpc
 
 log = structlog.get_logger(__name__)
 

@@ -84,7 +84,7 @@ class TandemWorker:
 
     def tandem_settle(self) -> None:
         """Wait for every kernel of this process."""
-        if torch.cuda.is_initialized():
+        if self.device.type == "cuda":  # type: ignore[attr-defined]
             torch.cuda.synchronize()
 
     def tandem_addresses(self) -> dict[str, int]:

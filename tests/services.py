@@ -14,11 +14,11 @@ from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+
 from tandem.engine.v1.engine_pb2_grpc import EngineServiceStub
 from tandem.inference.v1.inference_pb2_grpc import InferenceServiceStub
-from tandem.weights.v1.weights_pb2_grpc import WeightServiceStub
-
 from tandem.rpc import connect
+from tandem.weights.v1.weights_pb2_grpc import WeightServiceStub
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",

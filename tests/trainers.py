@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from tandem.weights.v1 import weights_pb2 as pb
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from tandem.weights.v1 import weights_pb2 as pb
 from tests import models
 from tests.services import Service
 from trainer_service import trainers

@@ -16,8 +16,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from tandem.inference.v1 import inference_pb2_grpc
-from tandem.weights.v1 import weights_pb2_grpc
 from torch import nn
 
 from inference_service.arenas import HostArenas
@@ -27,7 +25,9 @@ from inference_service.policy import Policy
 from inference_service.servicers.inference import InferenceServicer
 from inference_service.servicers.weights import WeightServicer
 from inference_service.sessions import Sessions
+from tandem.inference.v1 import inference_pb2_grpc
 from tandem.rpc import Serving, ServingConfig
+from tandem.weights.v1 import weights_pb2_grpc
 from weight_transfer.arena import Arena, align
 from weight_transfer.manifest import TensorSpec
 from weight_transfer.placement import Block, Placement, contiguous_strides

@@ -6,14 +6,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from tandem import rpc
 from tandem.engine.v1.engine_pb2 import ServingState
+from tandem.errors import DeadlineExceeded, Internal, Reason, TandemError, Unavailable
 from tandem.inference.v1 import inference_pb2 as pb
 from tandem.inference.v1.inference_pb2_grpc import InferenceServiceStub
-from tandem.weights.v1.weights_pb2_grpc import WeightServiceStub
-
-from tandem import rpc
-from tandem.errors import DeadlineExceeded, Internal, Reason, TandemError, Unavailable
 from tandem.rpc import options
+from tandem.weights.v1.weights_pb2_grpc import WeightServiceStub
 from trainer_service.sampling import sampling_params
 
 READY = (ServingState.SERVING_STATE_SERVING, ServingState.SERVING_STATE_PAUSED)

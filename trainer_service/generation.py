@@ -13,9 +13,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
-from tandem.inference.v1 import inference_pb2 as pb
 
 from tandem.errors import FailedPrecondition, Reason, TandemError, Unavailable, invalid
+from tandem.inference.v1 import inference_pb2 as pb
 from trainer_service._trl import VLLMGeneration
 from trainer_service.client import Group, InferenceClient, is_gone
 from trainer_service.sampling import sampling_params

@@ -8,11 +8,10 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 
-from tandem.weights.v1 import weights_pb2 as pb
-from tandem.weights.v1.weights_pb2_grpc import WeightServiceStub
-
 from tandem import rpc
 from tandem.errors import DeadlineExceeded, Internal, Reason, TandemError
+from tandem.weights.v1 import weights_pb2 as pb
+from tandem.weights.v1.weights_pb2_grpc import WeightServiceStub
 from weight_transfer.transports import Chunk
 
 _HEARTBEAT = pb.UpdateWeightsRequest(heartbeat=pb.Heartbeat())

@@ -7,9 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tandem.inference.v1 import inference_pb2 as pb
-
 from tandem.errors import InvalidArgument, Reason, Violation, invalid
+from tandem.inference.v1 import inference_pb2 as pb
 
 _SCALARS = frozenset(
     {

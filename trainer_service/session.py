@@ -6,10 +6,9 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import cast
 
-from tandem.weights.v1 import weights_pb2 as pb
-
 from tandem import rpc
 from tandem.errors import FailedPrecondition, Internal, Reason
+from tandem.weights.v1 import weights_pb2 as pb
 from trainer_service.client import InferenceClient
 from trainer_service.lease import Lease
 from weight_transfer.cuda.devices import uuid_of

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any, TypeVar
 
-from tandem.engine.v1.engine_pb2 import ServingState
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from tandem.engine.v1.engine_pb2 import ServingState
 from tandem.errors import Aborted, DeadlineExceeded, FailedPrecondition, Reason, TandemError
 from trainer_service.client import READY, InferenceClient, is_gone
 from trainer_service.lease import Lease

@@ -58,8 +58,8 @@ class Arena:
     @property
     def device(self) -> torch.device:
         """Where the memory is."""
-        host = isinstance(self._memory, HostArena)
-        return torch.device("cpu") if host else torch.device("cuda", self._memory.device)
+        memory = self._memory
+        return torch.device("cpu") if isinstance(memory, HostArena) else torch.device("cuda", memory.device)
 
     @property
     def fd(self) -> int:

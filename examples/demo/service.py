@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import grpc
-from tandem.engine.v1.engine_pb2 import ServingState
-from tandem.inference.v1 import inference_pb2 as pb
-from tandem.inference.v1.inference_pb2_grpc import InferenceServiceStub
 
 from examples.demo.tasks import MAX_TOKENS, Task
 from tandem import rpc
+from tandem.engine.v1.engine_pb2 import ServingState
 from tandem.errors import Unavailable
+from tandem.inference.v1 import inference_pb2 as pb
+from tandem.inference.v1.inference_pb2_grpc import InferenceServiceStub
 
 
 class Service:

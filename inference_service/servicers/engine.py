@@ -6,11 +6,10 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-from tandem.engine.v1 import engine_pb2 as pb
-from tandem.engine.v1 import engine_pb2_grpc
-
 from inference_service.engine import PauseMode
 from inference_service.host import Host, ServingState
+from tandem.engine.v1 import engine_pb2 as pb
+from tandem.engine.v1 import engine_pb2_grpc
 from tandem.errors import invalid
 
 PAUSE_MODES: dict[int, PauseMode] = {

@@ -8,8 +8,6 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 
 import structlog
-from tandem.inference.v1 import inference_pb2 as pb
-from tandem.inference.v1 import inference_pb2_grpc
 
 from inference_service.host import Host
 from inference_service.rollouts import Piece, Request
@@ -17,6 +15,8 @@ from inference_service.servicers import prompts
 from inference_service.servicers.engine import SERVING_STATES
 from inference_service.servicers.sampling import sampling_params, score_params
 from tandem.errors import Reason, ResourceExhausted, invalid
+from tandem.inference.v1 import inference_pb2 as pb
+from tandem.inference.v1 import inference_pb2_grpc
 
 _FINISH = {
     "stop": pb.FINISH_REASON_STOP,

@@ -8,10 +8,10 @@ from typing import Any
 
 from google.protobuf import json_format
 from google.protobuf.struct_pb2 import Struct
-from tandem.inference.v1 import inference_pb2 as pb
 
 from inference_service.engine import Engine
 from tandem.errors import InvalidArgument, Reason, Violation, invalid
+from tandem.inference.v1 import inference_pb2 as pb
 
 
 async def token_ids(engine: Engine, prompts: Sequence[pb.Prompt]) -> list[list[int]]:

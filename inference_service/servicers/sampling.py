@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from tandem.inference.v1 import inference_pb2 as pb
-
 from inference_service.launch import ModelInfo
 from inference_service.refusals import named
 from tandem.errors import invalid
+from tandem.inference.v1 import inference_pb2 as pb
 
 _PLAIN = (
     "max_tokens",

@@ -7,9 +7,6 @@ from collections.abc import AsyncIterator
 from datetime import timedelta
 from typing import Any, cast
 
-from tandem.weights.v1 import weights_pb2 as pb
-from tandem.weights.v1 import weights_pb2_grpc
-
 from inference_service.host import Host
 from inference_service.policy import Policy, Update
 from inference_service.servicers.engine import pause_mode
@@ -24,6 +21,8 @@ from tandem.errors import (
     invalid,
 )
 from tandem.errors import InvalidArgument as InvalidArgumentError
+from tandem.weights.v1 import weights_pb2 as pb
+from tandem.weights.v1 import weights_pb2_grpc
 from weight_transfer.identity import ProcessIdentity
 from weight_transfer.manifest import TensorSpec
 from weight_transfer.placement import Placement
@@ -88,7 +87,11 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
             shared = session.transport == SHARED
             with session.watched(trainer.gone):
                 update = await policy.begin(
-                    begin.base_version, in_place=shared, in_flight=mode, writer=session if shared else None
+                    begin.base_version,
+                    in_place=shared,
+                    in_flight=mode,
+                    writer=session if shared else None,
+                    new_version=begin.new_version if begin.HasField("new_version") else None,
                 )
                 async with _Lease(update) as lease:
                     yield pb.UpdateWeightsResponse(ready=pb.UpdateReady())

@@ -13,8 +13,8 @@ from typing import Any
 import grpc
 import pytest
 from engine import ENGINE, RAW, ScriptedEngine, add_raw
-from tandem.engine.v1 import engine_pb2_grpc
 
+from tandem.engine.v1 import engine_pb2_grpc
 from tandem.rpc import Serving, ServingConfig
 
 Serve = Callable[..., Awaitable[Serving]]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import grpc
+
 from tandem.engine.v1 import engine_pb2, engine_pb2_grpc
 
 ENGINE = "tandem.engine.v1.EngineService"

@@ -18,8 +18,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from engine import ScriptedEngine
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from tandem.engine.v1 import engine_pb2, engine_pb2_grpc
 
+from tandem.engine.v1 import engine_pb2, engine_pb2_grpc
 from tandem.errors import InvalidArgument, Reason, TandemError, Unauthenticated
 from tandem.rpc import Serving, connect, connect_aio, translate
 from tandem.rpc.listen import Tls

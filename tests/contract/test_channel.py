@@ -14,8 +14,8 @@ import pytest
 from conftest import Serve, failure
 from engine import RAW, Raw, ScriptedEngine
 from grpc._cython import cygrpc
-from tandem.engine.v1 import engine_pb2, engine_pb2_grpc
 
+from tandem.engine.v1 import engine_pb2, engine_pb2_grpc
 from tandem.errors import Reason, ResourceExhausted, Unavailable
 from tandem.rpc import Serving, connect_aio, options, translate
 

@@ -15,8 +15,8 @@ from conftest import Serve, failure
 from engine import ENGINE, RAW, Raw, ScriptedEngine
 from google.rpc import error_details_pb2, status_pb2
 from structlog.testing import capture_logs
-from tandem.engine.v1 import engine_pb2, engine_pb2_grpc
 
+from tandem.engine.v1 import engine_pb2, engine_pb2_grpc
 from tandem.errors import CATALOGUE, Internal, InvalidArgument, Reason, TandemError, Violation, invalid
 from tandem.rpc import connect, connect_aio, to_status, translate, translated
 from tandem.rpc.status import DETAILS_KEY

@@ -20,8 +20,8 @@ from conftest import Serve, failure
 from engine import ENGINE, RAW, Raw, ScriptedEngine
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from tandem.engine.v1 import engine_pb2, engine_pb2_grpc
 
+from tandem.engine.v1 import engine_pb2, engine_pb2_grpc
 from tandem.errors import Reason
 from tandem.rpc import Serving, connect_aio, translate
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import grpc
 import pytest
 from conftest import Serve
-from tandem.engine.v1 import engine_pb2, engine_pb2_grpc
 
+from tandem.engine.v1 import engine_pb2, engine_pb2_grpc
 from tandem.errors import FailedPrecondition, InvalidArgument, Reason
 from tandem.rpc import connect, connect_aio
 from tandem.rpc.address import parse

@@ -52,6 +52,7 @@ def test_taking_something_back_is_found(tmp_path: Path) -> None:
 def test_the_generated_code_is_that_of_the_protos() -> None:
     """Stale generated code would pass every other test."""
     from google.protobuf import descriptor_pb2
+
     from tandem.engine.v1 import engine_pb2
     from tandem.inference.v1 import inference_pb2
     from tandem.weights.v1 import weights_pb2

@@ -18,8 +18,8 @@ from conftest import Serve, failure
 from engine import ENGINE, Raw, ScriptedEngine
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
-from tandem.engine.v1 import engine_pb2, engine_pb2_grpc
 
+from tandem.engine.v1 import engine_pb2, engine_pb2_grpc
 from tandem.errors import Reason
 from tandem.rpc import Serving, connect_aio, translate
 

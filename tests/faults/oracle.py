@@ -9,13 +9,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from tandem.engine.v1 import engine_pb2
-from tandem.inference.v1 import inference_pb2 as pb
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from tandem import rpc
+from tandem.engine.v1 import engine_pb2
 from tandem.errors import TandemError
+from tandem.inference.v1 import inference_pb2 as pb
 from tests.services import Service
 
 #: Largest difference of two logprobs that bf16 arithmetic in another order makes here, and largest mean difference:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tandem.engine.v1 import engine_pb2
-from tandem.inference.v1 import inference_pb2
 from torch import nn
 
 from tandem import rpc
+from tandem.engine.v1 import engine_pb2
 from tandem.errors import Aborted, Reason, Unavailable
+from tandem.inference.v1 import inference_pb2
 from tests.faults import oracle, raw
 from tests.faults.oracle import NOISE
 from tests.faults.raw import STREAM, Tensors

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from tandem.weights.v1 import weights_pb2 as pb
-from tandem.weights.v1.weights_pb2_grpc import WeightServiceStub
 
 from tandem import rpc
+from tandem.weights.v1 import weights_pb2 as pb
+from tandem.weights.v1.weights_pb2_grpc import WeightServiceStub
 from weight_transfer import descriptors
 from weight_transfer.arena import Arena
 from weight_transfer.digest import combine, digest_tensors

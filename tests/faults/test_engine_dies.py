@@ -12,11 +12,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tandem.engine.v1 import engine_pb2
-from tandem.inference.v1 import inference_pb2
 
 from tandem import rpc
+from tandem.engine.v1 import engine_pb2
 from tandem.errors import NotFound, Reason, TandemError, Unavailable
+from tandem.inference.v1 import inference_pb2
 from tests.faults import raw
 from tests.faults.oracle import Rollouts
 from tests.faults.plane import Plane

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tandem.weights.v1 import weights_pb2 as pb
-from tandem.weights.v1.weights_pb2_grpc import WeightServiceStub
 
 from tandem import rpc
 from tandem.errors import NotFound, Reason, TandemError, Unavailable
+from tandem.weights.v1 import weights_pb2 as pb
+from tandem.weights.v1.weights_pb2_grpc import WeightServiceStub
 from tests.faults import raw
 from tests.faults.raw import SHARED, STREAM
 from tests.faults.trainer_process import STEPS, tensors_for

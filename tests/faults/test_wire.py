@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tandem.weights.v1 import weights_pb2 as pb
-from tandem.weights.v1.weights_pb2_grpc import WeightServiceStub
 
 from tandem import rpc
 from tandem.errors import DeadlineExceeded, Reason, Unavailable
+from tandem.weights.v1 import weights_pb2 as pb
+from tandem.weights.v1.weights_pb2_grpc import WeightServiceStub
 from tests.faults import raw
 from tests.faults.plane import NOTICED_S, Plane
 from tests.faults.proxy import Proxy

@@ -11,11 +11,11 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from tandem.weights.v1 import weights_pb2 as pb
-from tandem.weights.v1.weights_pb2_grpc import WeightServiceStub
 
 from tandem import rpc
 from tandem.errors import TandemError
+from tandem.weights.v1 import weights_pb2 as pb
+from tandem.weights.v1.weights_pb2_grpc import WeightServiceStub
 from tests.faults import raw
 
 #: What a trainer does, in order. A streaming one has no memory to fetch.

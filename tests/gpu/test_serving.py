@@ -12,13 +12,13 @@ from pathlib import Path
 import grpc
 import pytest
 import torch
-from tandem.engine.v1 import engine_pb2
-from tandem.inference.v1 import inference_pb2 as pb
-from tandem.weights.v1 import weights_pb2
 from transformers import AutoModelForCausalLM
 
+from tandem.engine.v1 import engine_pb2
 from tandem.errors import Reason, TandemError
+from tandem.inference.v1 import inference_pb2 as pb
 from tandem.rpc import translate
+from tandem.weights.v1 import weights_pb2
 from tests import models
 from tests.services import Service, inference_service
 

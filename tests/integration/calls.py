@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grpc
-from tandem.engine.v1 import engine_pb2
-from tandem.inference.v1 import inference_pb2 as pb
 
+from tandem.engine.v1 import engine_pb2
 from tandem.errors import TandemError
+from tandem.inference.v1 import inference_pb2 as pb
 from tandem.rpc import translate
 from tests.services import Service
 

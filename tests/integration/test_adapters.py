@@ -11,11 +11,11 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tandem.engine.v1 import engine_pb2
-from tandem.inference.v1 import inference_pb2 as pb
 from transformers import AutoModelForCausalLM
 
+from tandem.engine.v1 import engine_pb2
 from tandem.errors import InvalidArgument, NotFound, Reason
+from tandem.inference.v1 import inference_pb2 as pb
 from tests.integration.calls import (
     LONG,
     Reading,

@@ -8,10 +8,10 @@ from typing import Any
 
 import grpc
 import pytest
-from tandem.engine.v1 import engine_pb2
-from tandem.inference.v1 import inference_pb2 as pb
 
+from tandem.engine.v1 import engine_pb2
 from tandem.errors import InvalidArgument, NotFound, Reason, ResourceExhausted, Violation
+from tandem.inference.v1 import inference_pb2 as pb
 from tandem.rpc import connect
 from tests.integration.calls import generate, idle, ids, one, refused, request, stats
 from tests.services import Service

@@ -10,11 +10,11 @@ from typing import Any
 import grpc
 import psutil
 import pytest
-from tandem.inference.v1 import inference_pb2 as pb
-from tandem.inference.v1.inference_pb2_grpc import InferenceServiceStub
 from transformers import AutoTokenizer
 
 from tandem.errors import DeadlineExceeded, Reason, ResourceExhausted
+from tandem.inference.v1 import inference_pb2 as pb
+from tandem.inference.v1.inference_pb2_grpc import InferenceServiceStub
 from tandem.rpc import connect
 from tests.integration.calls import (
     LONG,

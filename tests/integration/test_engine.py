@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 import grpc
 import pytest
+
 from tandem.engine.v1 import engine_pb2
 from tandem.inference.v1 import inference_pb2 as pb
-
 from tests.integration.calls import (
     LONG,
     Reading,

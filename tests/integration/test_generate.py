@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 from google.protobuf.struct_pb2 import Struct
-from tandem.engine.v1 import engine_pb2
-from tandem.inference.v1 import inference_pb2 as pb
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from tandem.engine.v1 import engine_pb2
 from tandem.errors import InvalidArgument, Reason
+from tandem.inference.v1 import inference_pb2 as pb
 from tests.integration.calls import LONG, generate, idle, ids, one, refused, request, stats
 from tests.services import Service
 

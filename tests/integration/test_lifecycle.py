@@ -15,12 +15,12 @@ import grpc
 import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from tandem.engine.v1 import engine_pb2
-from tandem.inference.v1 import inference_pb2 as pb
-from tandem.weights.v1 import weights_pb2
 
+from tandem.engine.v1 import engine_pb2
 from tandem.errors import Reason, Unavailable
+from tandem.inference.v1 import inference_pb2 as pb
 from tandem.rpc import connect
+from tandem.weights.v1 import weights_pb2
 from tests.integration.calls import LONG, Reading, ids, joined, refused, request, stats, until
 from tests.services import ENGINE, ENVIRONMENT, inference_service
 

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 from tandem.weights.v1 import weights_pb2
-
 from tests.services import ENVIRONMENT, Service
 
 ROOT = Path(__file__).parents[2]

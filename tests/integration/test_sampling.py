@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from tandem.inference.v1 import inference_pb2 as pb
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tandem.inference.v1 import inference_pb2 as pb
 from tests.integration.calls import LONG, Rollouts, generate, ids, one, score
 from tests.services import Service
 

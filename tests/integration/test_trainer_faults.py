@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from tandem.weights.v1 import weights_pb2 as pb
 from transformers import TrainerCallback
 
+from tandem.weights.v1 import weights_pb2 as pb
 from tests.services import Service, inference_service
 from tests.trainers import assert_same_bits, make, model_of
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
-from tandem.weights.v1 import weights_pb2 as pb
 from transformers import TrainerCallback
 
 from tandem.errors import InvalidArgument, Reason
+from tandem.weights.v1 import weights_pb2 as pb
 from tests import models
 from tests.services import Service, inference_service
 from tests.trainers import (

@@ -7,10 +7,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from tandem.engine.v1 import engine_pb2
 from tandem.inference.v1 import inference_pb2 as pb
 from tandem.weights.v1 import weights_pb2
-
 from tests.integration.calls import (
     LONG,
     Reading,

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tandem.engine.v1 import engine_pb2
 from torch import nn
 
+from tandem.engine.v1 import engine_pb2
 from tandem.errors import Aborted, Reason, Unavailable
 from tests.faults import oracle, raw
 from tests.faults.oracle import MEAN_NOISE, NOISE, OTHER, Rollouts

@@ -12,11 +12,9 @@ from pathlib import Path
 
 import grpc
 import pytest
-from tandem.engine.v1 import engine_pb2
-from tandem.inference.v1 import inference_pb2
-from tandem.weights.v1 import weights_pb2 as pb
 
 from tandem import rpc
+from tandem.engine.v1 import engine_pb2
 from tandem.errors import (
     Aborted,
     DataLoss,
@@ -28,6 +26,8 @@ from tandem.errors import (
     TandemError,
     Unavailable,
 )
+from tandem.inference.v1 import inference_pb2
+from tandem.weights.v1 import weights_pb2 as pb
 from tests.faults import oracle, raw
 from tests.faults.plane import NOTICED_S, Plane, what_is_held
 from tests.services import Service

@@ -7,11 +7,11 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tandem.inference.v1 import inference_pb2 as pb
 
 from inference_service.host import Host
 from inference_service.servicers.inference import InferenceServicer, _fitting
 from tandem.errors import Reason, ResourceExhausted
+from tandem.inference.v1 import inference_pb2 as pb
 
 LIMIT = 1 << 16
 

@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tandem.weights.v1 import weights_pb2 as pb
 
+from tandem.weights.v1 import weights_pb2 as pb
 from weight_transfer.manifest import CASTABLE, ITEMSIZE, Manifest, Mismatch, TensorSpec, mismatches
 
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\n\t\r"), min_size=1, max_size=12)

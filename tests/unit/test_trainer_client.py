@@ -11,11 +11,11 @@ from typing import Any
 
 import grpc
 import pytest
+
 from tandem.engine.v1 import engine_pb2
+from tandem.errors import DeadlineExceeded, Internal, InvalidArgument, Reason, Unavailable, invalid
 from tandem.inference.v1 import inference_pb2 as pb
 from tandem.inference.v1 import inference_pb2_grpc
-
-from tandem.errors import DeadlineExceeded, Internal, InvalidArgument, Reason, Unavailable, invalid
 from tandem.rpc import to_status
 from trainer_service.client import Group, InferenceClient
 

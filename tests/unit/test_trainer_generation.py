@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from accelerate import Accelerator
 from PIL import Image
-from tandem.inference.v1 import inference_pb2 as pb
 
 from tandem.errors import FailedPrecondition, InvalidArgument, Reason, ResourceExhausted, Unavailable
+from tandem.inference.v1 import inference_pb2 as pb
 from trainer_service.client import Group
 from trainer_service.generation import SEEDS_PER_RANK, RemoteGeneration
 

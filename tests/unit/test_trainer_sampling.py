@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tandem.inference.v1 import inference_pb2 as pb
 
 from tandem.errors import InvalidArgument
+from tandem.inference.v1 import inference_pb2 as pb
 from trainer_service.sampling import sampling_params
 
 

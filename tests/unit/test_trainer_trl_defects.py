@@ -17,10 +17,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
-from tandem.inference.v1 import inference_pb2 as pb
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tandem.inference.v1 import inference_pb2 as pb
 from trainer_service._trl import VLLMGeneration
 from trainer_service.generation import RemoteGeneration
 from trainer_service.policy_tensors import policy_tensors

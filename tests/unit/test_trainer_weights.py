@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from tandem.engine.v1.engine_pb2 import ServingState
-from tandem.weights.v1 import weights_pb2 as pb
 from torch import nn
 
+from tandem.engine.v1.engine_pb2 import ServingState
 from tandem.errors import Aborted, FailedPrecondition, InvalidArgument, Reason, Unavailable
+from tandem.weights.v1 import weights_pb2 as pb
 from tests.weight_service import WeightService, network
 from trainer_service import weights as weights_module
 from trainer_service.client import InferenceClient
