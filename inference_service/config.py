@@ -84,6 +84,15 @@ class InferenceSettings(BaseSettings):
         le=1 << 26,
         description="Largest chunk of a streamed update's bytes. 1 MiB, or half a message if that is less.",
     )
+    max_rollouts: int = Field(
+        1 << 16,
+        ge=1,
+        description="Rollouts and sequences that may wait or run at once, over all calls. More are refused.",
+    )
+    allow_chat_templates: bool = Field(
+        False,
+        description="Whether callers may send templates of their own for chats. A template is a program without limit.",
+    )
     lease_timeout_s: float = Field(
         2.0, ge=0.2, le=60, description="A trainer silent for this long in an open update has lost it."
     )

@@ -178,6 +178,10 @@ class Rollouts:
                 if track.error is not None:
                     raise track.error
                 ended = output.finished
+                if (
+                    ended and output.outputs[0].finish_reason == "error"
+                ):  # vLLM's word for what may be tried again
+                    raise Unavailable(Reason.INTERRUPTED, "the engine gave a request up; try again")
                 tokens = len(output.outputs[0].token_ids)
                 yield Piece(request.index, output, track.spans(sent, sent + tokens), first)
                 first, sent = False, sent + tokens

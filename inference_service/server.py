@@ -42,7 +42,12 @@ async def serve(settings: InferenceSettings) -> None:
     host.draining = lambda: serving.draining
     serving.add(
         inference_pb2_grpc.add_InferenceServiceServicer_to_server,
-        InferenceServicer(host, settings.max_message_bytes),
+        InferenceServicer(
+            host,
+            settings.max_message_bytes,
+            max_rollouts=settings.max_rollouts,
+            allow_chat_templates=settings.allow_chat_templates,
+        ),
         INFERENCE,
     )
     serving.add(

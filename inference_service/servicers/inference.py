@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import structlog
 
+from inference_service.admission import Room
 from inference_service.host import Host
 from inference_service.rollouts import Piece, Request
 from inference_service.servicers import prompts
@@ -36,9 +37,18 @@ Part = TypeVar("Part", pb.Rollout, pb.SequenceScore)
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     """Serves a Host's policy. No message it sends is larger than `max_message_bytes`."""
 
-    def __init__(self, host: Host, max_message_bytes: int) -> None:
+    def __init__(
+        self,
+        host: Host,
+        max_message_bytes: int,
+        *,
+        max_rollouts: int = 1 << 16,
+        allow_chat_templates: bool = False,
+    ) -> None:
         self._host = host
         self._limit = max_message_bytes
+        self._room = Room(max_rollouts)
+        self._templates = allow_chat_templates
 
     async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:
         # Who asks what is served wants to know it of a dead engine too.
@@ -54,7 +64,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
         if not request.prompts:
             raise invalid("prompts", "at least one is required")
-        ids = await prompts.token_ids(self._host.policy.engine, request.prompts)
+        engine = self._host.policy.engine
+        ids = await prompts.token_ids(engine, request.prompts, templates=self._templates)
         return pb.TokenizeResponse(prompts=[pb.TokenIds(ids=one) for one in ids])
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
@@ -64,23 +75,27 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         lora = engine.loras.get(request.lora) if request.lora else None
         seed = request.sampling.seed if request.sampling.HasField("seed") else None
         name = _name(request.request_id)
-        requests: list[Request] = []
-        places: list[tuple[int, int]] = []
-        for i, prompt in enumerate(await prompts.vllm_prompts(engine, request.prompts)):
-            for j in range(request.prompts[i].n or 1):
-                k = len(requests)
-                own = None if seed is None else (seed + k) % 2**63  # vLLM's are signed
-                requests.append(Request(f"{name}-{k}", prompt, params, index=k, lora=lora, seed=own))
-                places.append((i, j))
-        async with aclosing(policy.rollouts.run(requests)) as batches:
-            async for batch in batches:
-                rollouts: Iterable[pb.Rollout] = (
-                    _rollout(request, piece, *places[piece.index]) for piece in batch
-                )
-                if request.output_mode == pb.OUTPUT_MODE_DELTAS:
-                    rollouts = (part for rollout in rollouts for part in _fitting(rollout, self._limit))
-                for message in self._messages(rollouts):
-                    yield pb.GenerateResponse(rollouts=message)
+        # Before anything is made of them: a small message can ask for millions.
+        with self._room.take(prompts.num_rollouts(request.prompts), "prompts") as place:
+            requests: list[Request] = []
+            places: list[tuple[int, int]] = []
+            found = await prompts.vllm_prompts(engine, request.prompts, templates=self._templates)
+            for i, prompt in enumerate(found):
+                for j in range(request.prompts[i].n or 1):
+                    k = len(requests)
+                    own = None if seed is None else (seed + k) % 2**63  # vLLM's are signed
+                    requests.append(Request(f"{name}-{k}", prompt, params, index=k, lora=lora, seed=own))
+                    places.append((i, j))
+            async with aclosing(policy.rollouts.run(requests)) as batches:
+                async for batch in batches:
+                    place.left -= sum(piece.output.finished for piece in batch)
+                    rollouts: Iterable[pb.Rollout] = (
+                        _rollout(request, piece, *places[piece.index]) for piece in batch
+                    )
+                    if request.output_mode == pb.OUTPUT_MODE_DELTAS:
+                        rollouts = (part for rollout in rollouts for part in _fitting(rollout, self._limit))
+                    for message in self._messages(rollouts):
+                        yield pb.GenerateResponse(rollouts=message)
 
     async def Score(self, request: pb.ScoreRequest, context: Any) -> AsyncIterator[pb.ScoreResponse]:
         policy = self._host.generating()
@@ -90,19 +105,22 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         if not request.sequences:
             raise invalid("sequences", "at least one is required")
         name = _name(request.request_id)
-        requests = []
-        for i, sequence in enumerate(request.sequences):
-            ids = list(sequence.ids)
-            if len(ids) < 2:
-                raise invalid(f"sequences[{i}]", "at least two tokens are required")
-            prompts.check_ids(engine, ids, f"sequences[{i}]")
-            requests.append(Request(f"{name}-{i}", {"prompt_token_ids": ids}, params, index=i, lora=lora))
-        async with aclosing(policy.rollouts.score(requests)) as scores:
-            async for index, logprobs, version in scores:
-                score = pb.SequenceScore(sequence_index=index, weight_version=version)
-                _add_logprobs(score, logprobs, request.top_logprobs, first=1)
-                for message in self._messages([score]):
-                    yield pb.ScoreResponse(scores=message)
+        with self._room.take(len(request.sequences), "sequences") as place:
+            requests = []
+            for i, sequence in enumerate(request.sequences):
+                ids = list(sequence.ids)
+                if len(ids) < 2:
+                    raise invalid(f"sequences[{i}]", "at least two tokens are required")
+                prompts.check_ids(engine, ids, f"sequences[{i}]")
+                prompt = {"prompt_token_ids": ids}
+                requests.append(Request(f"{name}-{i}", prompt, params, index=i, lora=lora))
+            async with aclosing(policy.rollouts.score(requests)) as scores:
+                async for index, logprobs, version in scores:
+                    place.left -= 1
+                    score = pb.SequenceScore(sequence_index=index, weight_version=version)
+                    _add_logprobs(score, logprobs, request.top_logprobs, first=1)
+                    for message in self._messages([score]):
+                        yield pb.ScoreResponse(scores=message)
 
     def _messages(self, parts: Iterable[Part]) -> Iterator[list[Part]]:
         together: list[Part] = []

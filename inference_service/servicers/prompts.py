@@ -2,51 +2,71 @@
 
 from __future__ import annotations
 
-import io
+import asyncio
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 from google.protobuf import json_format
 from google.protobuf.struct_pb2 import Struct
 
 from inference_service.engine import Engine
+from inference_service.servicers.images import decoded
 from tandem.errors import InvalidArgument, Reason, Violation, invalid
 from tandem.inference.v1 import inference_pb2 as pb
 
 
-async def token_ids(engine: Engine, prompts: Sequence[pb.Prompt]) -> list[list[int]]:
+def num_rollouts(prompts: Sequence[pb.Prompt]) -> int:
+    """How many rollouts are asked for.
+
+    Raises:
+        InvalidArgument: names the field.
+    """
+    if not prompts:
+        raise invalid("prompts", "at least one is required")
+    total = 0
+    for i, asked in enumerate(prompts):
+        if asked.HasField("n") and not 1 <= asked.n <= 2**16:
+            raise invalid(f"prompts[{i}].n", f"must be from 1 to {2**16}, is {asked.n}")
+        total += asked.n or 1
+    return total
+
+
+async def token_ids(engine: Engine, prompts: Sequence[pb.Prompt], *, templates: bool) -> list[list[int]]:
     """Token ids of each prompt.
 
     Raises:
-        InvalidArgument: names the prompt's field.
+        InvalidArgument: names the prompt's field; where not `templates`, also a chat's template.
     """
-    return [await _ids(engine, prompt, f"prompts[{i}]") for i, prompt in enumerate(prompts)]
+    return [
+        await _ids(engine, prompt, f"prompts[{i}]", templates=templates) for i, prompt in enumerate(prompts)
+    ]
 
 
-async def vllm_prompts(engine: Engine, prompts: Sequence[pb.Prompt]) -> list[dict[str, Any]]:
+async def vllm_prompts(
+    engine: Engine, prompts: Sequence[pb.Prompt], *, templates: bool
+) -> list[dict[str, Any]]:
     """vLLM's prompts, each of token ids, with its images if it has any.
 
     Raises:
         InvalidArgument: FIELD_INVALID or PROMPT_TOO_LONG, naming the prompt's field.
     """
-    if not prompts:
-        raise invalid("prompts", "at least one is required")
-    for i, asked in enumerate(prompts):
-        if asked.HasField("n") and not 1 <= asked.n <= 2**16:
-            raise invalid(f"prompts[{i}].n", f"must be from 1 to {2**16}, is {asked.n}")
-    found = []
-    for i, ids in enumerate(await token_ids(engine, prompts)):
+    found: list[dict[str, Any]] = []
+    for i, ids in enumerate(await token_ids(engine, prompts, templates=templates)):
         check_ids(engine, ids, f"prompts[{i}]")
-        prompt: dict[str, Any] = {"prompt_token_ids": ids}
-        if prompts[i].images:
-            if not engine.llm.vllm_config.model_config.is_multimodal_model:
-                raise invalid(f"prompts[{i}].images", "the model has no eyes: it takes text alone")
-            prompt["multi_modal_data"] = {
-                "image": [
-                    _image(data, f"prompts[{i}].images[{j}]") for j, data in enumerate(prompts[i].images)
-                ]
-            }
-        found.append(prompt)
+        if prompts[i].images and not engine.llm.vllm_config.model_config.is_multimodal_model:
+            raise invalid(f"prompts[{i}].images", "the model has no eyes: it takes text alone")
+        found.append({"prompt_token_ids": ids})
+    encoded = {
+        f"prompts[{i}].images[{j}]": data
+        for i, prompt in enumerate(prompts)
+        for j, data in enumerate(prompt.images)
+    }
+    if encoded:  # not on the event loop: a picture may take a second
+        pictures = iter(await asyncio.to_thread(decoded, encoded))
+        for prompt, asked in zip(found, prompts, strict=True):
+            if asked.images:
+                prompt["multi_modal_data"] = {"image": list(islice(pictures, len(asked.images)))}
     return found
 
 
@@ -67,13 +87,16 @@ def check_ids(engine: Engine, ids: list[int], field: str) -> None:
         raise invalid(field, f"token id {largest} is not in the vocabulary of {info.vocab_size}")
 
 
-async def _ids(engine: Engine, prompt: pb.Prompt, field: str) -> list[int]:
+async def _ids(engine: Engine, prompt: pb.Prompt, field: str, *, templates: bool) -> list[int]:
     match prompt.WhichOneof("input"):
         case "token_ids":
             return list(prompt.token_ids.ids)
         case "text":
             return await engine.encode(prompt.text)
         case "chat":
+            if prompt.chat.HasField("template") and not templates:
+                # It would be rendered in the one thread that all texts and chats need, for as long as it likes.
+                raise invalid(f"{field}.chat.template", "the service does not allow_chat_templates")
             return await _chat(engine, prompt.chat, f"{field}.chat")
         case _:
             raise invalid(field, "one of token_ids, text, chat is required")
@@ -117,12 +140,3 @@ def _ordered(value: Any) -> Any:
     if isinstance(value, list):
         return [_ordered(item) for item in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _image(data: bytes, field: str) -> Any:
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        return Image.open(io.BytesIO(data)).convert("RGB")
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-        raise invalid(field, f"not an image: {error}") from error

@@ -13,7 +13,8 @@ from tests.services import Service, inference_service
 
 @pytest.fixture(scope="session")
 def exact(checkpoints: dict[str, Path]) -> Iterator[Service]:
-    """The tiny Llama in float32, where every number can be checked closely; with adapters and small messages.
+    """The tiny Llama in float32, where every number can be checked closely; with adapters, templates of callers and
+    small messages.
 
     For tests that leave it as it was, but for its version: committed, serving, without adapters.
     """
@@ -23,6 +24,7 @@ def exact(checkpoints: dict[str, Path]) -> Iterator[Service]:
             checkpoints["llama"],
             Path(folder),
             "--max-message-bytes=65536",
+            "--allow-chat-templates",
             dtype="float32",
             enable_lora="true",
             max_lora_rank="8",

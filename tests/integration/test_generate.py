@@ -99,7 +99,7 @@ SHOUT = (
     ids=["default", "opened", "closed", "template", "variables", "no-tools"],
 )
 def test_chats_are_rendered_as_the_tokenizer_does(
-    llama: Service, tokenizer: PreTrainedTokenizerFast, fields: dict[str, Any], options: dict[str, Any]
+    exact: Service, tokenizer: PreTrainedTokenizerFast, fields: dict[str, Any], options: dict[str, Any]
 ) -> None:
     talk = chat(("system", "be"), ("user", "hi"), **fields)
     talk.messages[1].fields.update({"mood": {"happy": [True, None, 2]}})
@@ -110,7 +110,7 @@ def test_chats_are_rendered_as_the_tokenizer_does(
     rendered = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)[
         "input_ids"
     ]
-    assert tokenize(llama, pb.Prompt(chat=talk)) == [rendered]
+    assert tokenize(exact, pb.Prompt(chat=talk)) == [rendered]
 
 
 @pytest.mark.parametrize(
@@ -146,20 +146,20 @@ def test_chats_are_rendered_as_the_tokenizer_does(
     ids=["empty", "role", "raises", "syntax", "fails", "unsafe", "taken", "messages", "nan", "tools"],
 )
 def test_a_chat_that_cannot_be_rendered_is_named(
-    llama: Service, talk: pb.Chat, field: str, says: str
+    exact: Service, talk: pb.Chat, field: str, says: str
 ) -> None:
     prompts = [ids([5]), pb.Prompt(chat=talk)]
-    before = stats(llama).rollouts_finished
+    before = stats(exact).rollouts_finished
     for call in (
-        lambda: llama.inference.Tokenize(pb.TokenizeRequest(prompts=prompts), timeout=10),
-        lambda: llama.inference.Generate(request(*prompts), timeout=10),
+        lambda: exact.inference.Tokenize(pb.TokenizeRequest(prompts=prompts), timeout=10),
+        lambda: exact.inference.Generate(request(*prompts), timeout=10),
     ):
         error = refused(call)
         assert isinstance(error, InvalidArgument)
         assert error.reason == Reason.FIELD_INVALID
         assert [violation.field for violation in error.violations] == [field]
         assert any(part in error.violations[0].description for part in says.split("|"))
-    assert stats(llama).rollouts_finished == before  # not even the good prompt ran
+    assert stats(exact).rollouts_finished == before  # not even the good prompt ran
 
 
 def test_text_is_what_the_tokens_decode_to(llama: Service, tokenizer: PreTrainedTokenizerFast) -> None:
