@@ -49,7 +49,6 @@ class Reason(StrEnum):
     DEADLINE = "DEADLINE"
     CANCELLED = "CANCELLED"
     TOKEN_INVALID = "TOKEN_INVALID"  # noqa: S105  # no password
-    PEER_REFUSED = "PEER_REFUSED"
     METHOD_UNKNOWN = "METHOD_UNKNOWN"
     BUG = "BUG"
 
@@ -179,12 +178,6 @@ class Cancelled(TandemError, RuntimeError):
     code_name = "CANCELLED"
 
 
-class PermissionDenied(TandemError, PermissionError):
-    """The caller is known and may not do this."""
-
-    code_name = "PERMISSION_DENIED"
-
-
 class Unauthenticated(TandemError, PermissionError):
     """The caller did not say who it is, or lied."""
 
@@ -231,7 +224,6 @@ CATALOGUE: dict[Reason, type[TandemError]] = {
     Reason.DEADLINE: DeadlineExceeded,
     Reason.CANCELLED: Cancelled,
     Reason.TOKEN_INVALID: Unauthenticated,
-    Reason.PEER_REFUSED: PermissionDenied,
     Reason.METHOD_UNKNOWN: Unimplemented,
     Reason.BUG: Internal,
 }
