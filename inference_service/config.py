@@ -65,13 +65,18 @@ class InferenceSettings(BaseSettings):
         default_factory=_default_addresses,
         description="Where to serve: unix:///path or host:port. A Unix socket is open to this user alone.",
     )
-    token_file: Path | None = Field(None, description="File with the token that callers must send.")
+    token_file: Path | None = Field(
+        None, description="File with the token that callers must send. host:port needs it, or tls_client_ca."
+    )
     tls_certificate: Path | None = Field(None, description="PEM file of the server's certificate chain.")
     tls_key: Path | None = Field(None, description="PEM file of the server's private key.")
     tls_client_ca: Path | None = Field(
         None, description="PEM file of the CA that callers' certificates need."
     )
-    insecure: bool = Field(False, description="Whether other hosts may call without TLS.")
+    insecure: bool = Field(
+        False,
+        description="Whether host:port may go without TLS where other hosts reach it, and without token or client CA.",
+    )
     max_message_bytes: int = Field(
         16 << 20,
         ge=1 << 16,

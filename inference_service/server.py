@@ -22,6 +22,7 @@ from tandem.engine.v1 import engine_pb2_grpc
 from tandem.inference.v1 import inference_pb2_grpc
 from tandem.rpc import Serving, ServingConfig
 from tandem.rpc.listen import Tls
+from tandem.rpc.trust import read_token
 from tandem.weights.v1 import weights_pb2_grpc
 
 log = structlog.get_logger(__name__)
@@ -126,7 +127,7 @@ async def _watch(engine: Engine, tell: Callable[[], None]) -> None:
 def _serving_config(settings: InferenceSettings) -> ServingConfig:
     return ServingConfig(
         addresses=tuple(settings.addresses),
-        token=settings.token_file.read_text().strip() if settings.token_file else None,
+        token=read_token(settings.token_file) if settings.token_file else None,
         tls=_tls(settings),
         insecure=settings.insecure,
         max_message_bytes=settings.max_message_bytes,

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
 
-from tandem.errors import invalid
+from tandem.errors import InvalidArgument, invalid
 from tandem.rpc import options
 from tandem.rpc.address import Address, parse
+from tandem.rpc.trust import check_place, check_token
 
-_TOKEN = re.compile(r"[!-~]+")
+
+class _Bearer(grpc.AuthMetadataPlugin):
+    """Sends the token over a Unix socket, after a look at whose it is: the channel may connect to a later one."""
+
+    def __init__(self, token: str, path: Path) -> None:
+        self._metadata = (("authorization", f"Bearer {token}"),)
+        self._path = path
+
+    def __call__(self, context: Any, callback: Any) -> None:
+        try:
+            check_place(self._path, "address")
+        except InvalidArgument as error:
+            callback((), error)
+        else:
+            callback(self._metadata, None)
 
 
 def connect(
@@ -31,7 +46,8 @@ def connect(
 
     Args:
         address: `unix:///absolute/path` or `host:port`.
-        token: the service's bearer token. It needs a Unix socket or TLS, so that nobody reads it on the way.
+        token: the service's bearer token. It needs a Unix socket that no other user could have put there, or TLS, so
+            that nobody else reads it.
         ca_file: PEM file of the authorities that sign services' certificates; turns TLS on.
         cert_file: PEM file of the client's own certificate, for mutual TLS.
         key_file: PEM file of its key.
@@ -88,11 +104,14 @@ def _resolve(
         raise invalid("cert_file", "a client certificate needs ca_file, which turns TLS on")
     credentials = _transport(parsed, ca_file, cert_file, key_file, insecure)
     if token is not None:
-        if not _TOKEN.fullmatch(token):
-            raise invalid("token", "must be printable ASCII without spaces, and not empty")
+        check_token(token)
         if credentials is None:
             raise invalid("token", "would be readable on the way: use a unix:/// address, or TLS by ca_file")
-        bearer = grpc.access_token_call_credentials(token)
+        if parsed.path is not None:
+            check_place(parsed.path, "address")
+            bearer = grpc.metadata_call_credentials(_Bearer(token, parsed.path))
+        else:
+            bearer = grpc.access_token_call_credentials(token)
         credentials = grpc.composite_channel_credentials(credentials, bearer)
     return parsed.target, credentials
 

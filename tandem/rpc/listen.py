@@ -17,6 +17,7 @@ import grpc.aio
 
 from tandem.errors import FailedPrecondition, Reason, invalid
 from tandem.rpc.address import Address
+from tandem.rpc.trust import check_place
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,13 @@ class Tls:
 
 
 def bind(
-    server: grpc.aio.Server, address: Address, *, tls: Tls | None, insecure: bool, socket_mode: int
+    server: grpc.aio.Server,
+    address: Address,
+    *,
+    tls: Tls | None,
+    token: bool,
+    insecure: bool,
+    socket_mode: int,
 ) -> Address:
     """Bind a server that has not been started.
 
@@ -46,7 +53,9 @@ def bind(
         server: the server.
         address: where; TCP port 0 takes a free one.
         tls: for TCP; without it only loopback is bound, unless `insecure`.
-        insecure: allow other hosts without TLS.
+        token: whether callers must send one. TCP needs that or clients' certificates, unless `insecure`: every user
+            of the host can connect to loopback.
+        insecure: allow other hosts without TLS, and TCP to everybody.
         socket_mode: permissions of a Unix socket; who may write to it may connect.
 
     Returns:
@@ -60,6 +69,11 @@ def bind(
         return _bind_unix(server, address, address.path, socket_mode)
     if tls is None and not address.is_loopback and not insecure:
         raise invalid("addresses", f"{address} can be reached by other hosts: set TLS up, or allow insecure")
+    if not token and not insecure and (tls is None or tls.client_ca_file is None):
+        raise invalid(
+            "addresses",
+            f"{address} would serve everybody who can connect: set token_file or tls_client_ca, or allow insecure",
+        )
     try:
         if tls is None:
             port = server.add_insecure_port(address.target)
@@ -73,6 +87,7 @@ def bind(
 def _bind_unix(server: grpc.aio.Server, address: Address, path: Path, mode: int) -> Address:
     if not path.parent.is_dir():
         raise invalid("addresses", f"the folder of {address} does not exist")
+    check_place(path, "addresses")
     with _locked(path.parent):  # or two servers starting together would each remove the other's socket
         _remove_stale(path, address)
         # The permissions must be right from the start: whoever connected before a chmod would stay connected.

@@ -24,6 +24,7 @@ from tandem.rpc.interceptors import Gate
 from tandem.rpc.lag import LagMonitor
 from tandem.rpc.listen import Tls, bind
 from tandem.rpc.notify import Notifier
+from tandem.rpc.trust import check_token
 
 _log = structlog.get_logger("tandem.rpc")
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -41,11 +42,12 @@ class ServingConfig:
     addresses: tuple[str, ...]
     """`unix:///absolute/path` or `host:port`, at least one. Port 0 takes a free port."""
     token: str | None = None
-    """Bearer token that callers must send. None lets everybody call who can connect."""
+    """Bearer token that callers must send. None lets everybody call who can connect: to a Unix socket, or with a
+    certificate, or by TCP where `insecure` allows it."""
     tls: Tls | None = None
     """TLS for the TCP addresses."""
     insecure: bool = False
-    """Whether TCP addresses that other hosts can reach may go without TLS."""
+    """Whether TCP addresses may go without TLS where other hosts can reach them, and serve all who connect."""
     socket_mode: int = 0o600
     """Permissions of Unix sockets. Who may write to one may connect."""
     max_message_bytes: int = options.MAX_MESSAGE_BYTES
@@ -73,9 +75,11 @@ class Serving:
     """
 
     def __init__(self, config: ServingConfig) -> None:
-        """Make it; nothing is bound yet. Raises InvalidArgument for malformed addresses."""
+        """Make it; nothing is bound yet. Raises InvalidArgument for malformed addresses or a malformed token."""
         if not config.addresses:
             raise invalid("addresses", "at least one is needed")
+        if config.token is not None:
+            check_token(config.token)
         self._config = config
         self._wanted = [parse(address, field="addresses") for address in config.addresses]
         self._metrics_wanted = _metrics_address(config)
@@ -232,11 +236,15 @@ class Serving:
     def _bind(self, server: grpc.aio.Server) -> None:
         config = self._config
         for address in self._wanted:
-            self._bound.append(
-                bind(
-                    server, address, tls=config.tls, insecure=config.insecure, socket_mode=config.socket_mode
-                )
+            bound = bind(
+                server,
+                address,
+                tls=config.tls,
+                token=config.token is not None,
+                insecure=config.insecure,
+                socket_mode=config.socket_mode,
             )
+            self._bound.append(bound)
         if self._metrics_wanted is not None:
             self._exporter = _start_exporter(self._metrics_wanted)
 

@@ -6,6 +6,7 @@ import asyncio
 import datetime
 import ipaddress
 import os
+import socket
 import stat
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from tandem.engine.v1 import engine_pb2, engine_pb2_grpc
 from tandem.errors import InvalidArgument, Reason, TandemError, Unauthenticated
 from tandem.rpc import Serving, connect, connect_aio, translate
 from tandem.rpc.listen import Tls
+from tandem.rpc.trust import read_token
 
 GET = engine_pb2.GetStatsRequest()
 
@@ -96,6 +98,95 @@ def test_a_token_that_cannot_be_a_header_is_refused(token: str) -> None:
         connect("unix:///tmp/socket", token=token)
 
 
+@pytest.mark.parametrize("token", ["", "a b", "ü"])
+async def test_a_service_refuses_the_tokens_that_its_clients_do(serve: Serve, token: str) -> None:
+    with pytest.raises(InvalidArgument, match="token: must be printable ASCII"):
+        await serve(token=token)
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (None, "cannot read .*: No such file"),
+        (b"", "holds no token"),
+        (b" \n", "holds no token"),
+        (b"two words", "holds no token"),
+        ("ü".encode(), "holds no token"),
+        (b"\xff\xfe", "holds no token"),
+    ],
+    ids=["missing", "empty", "space", "words", "umlaut", "binary"],
+)
+def test_a_token_file_without_a_token_is_named(folder: Path, data: bytes | None, says: str) -> None:
+    if data is not None:
+        (folder / "token").write_bytes(data)
+    with pytest.raises(InvalidArgument, match=says) as caught:
+        read_token(folder / "token")
+    assert [violation.field for violation in caught.value.violations] == ["token_file"]
+    assert "words" not in str(caught.value), "a secret is no text of an error"
+
+
+def test_a_token_file_may_end_its_line(folder: Path) -> None:
+    (folder / "token").write_text("right\n")
+    assert read_token(folder / "token") == "right"
+
+
+@pytest.mark.parametrize(
+    ("mode", "refused"),
+    [(0o700, False), (0o775, False), (0o1777, False), (0o777, True), (0o707, True)],
+    ids=oct,
+)
+async def test_no_socket_where_everybody_may_put_one(
+    serve: Serve, folder: Path, mode: int, refused: bool
+) -> None:
+    folder.chmod(mode)
+    address = f"unix://{folder}/socket"
+    if refused:
+        with pytest.raises(InvalidArgument, match="every user may replace") as caught:
+            await serve()
+        assert caught.value.violations[0].field == "addresses"
+        with pytest.raises(InvalidArgument, match="every user may replace") as caught:
+            connect(address, token="right")
+        assert caught.value.violations[0].field == "address"
+    else:
+        await serve()
+        connect(address, token="right").close()
+    connect(address).close()  # nothing secret is sent
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize("thing", ["folder", "link", "socket"])
+async def test_no_socket_in_a_place_that_is_somebody_elses(serve: Serve, folder: Path, thing: str) -> None:
+    place = folder / "place"
+    (folder / "real").mkdir(0o700)
+    if thing == "link":
+        place.symlink_to(folder / "real")
+        os.lchown(place, 65534, 65534)
+    else:
+        (folder / "real").rename(place)
+        with socket.socket(socket.AF_UNIX) as dead:
+            dead.bind(f"{place}/socket")
+        os.chown(place if thing == "folder" else place / "socket", 65534, 65534)
+    with pytest.raises(InvalidArgument, match="is another user's"):
+        await serve(addresses=(f"unix://{place}/socket",))
+    with pytest.raises(InvalidArgument, match="is another user's"):
+        connect(f"unix://{place}/socket", token="right")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
+async def test_a_place_that_was_taken_after_the_channel_was_made_gets_no_token(
+    serve: Serve, folder: Path, engine: ScriptedEngine
+) -> None:
+    """The service may start after its clients, and somebody else before both."""
+    place = folder / "place"
+    async with connect_aio(f"unix://{place}/socket", token="right") as channel:
+        place.mkdir(0o700)
+        await serve(addresses=(f"unix://{place}/socket",), token="right")
+        stub = engine_pb2_grpc.EngineServiceStub(channel)
+        assert (await stub.GetStats(GET, wait_for_ready=True, timeout=5)).weight_version == 7
+        os.chown(place, 65534, 65534)
+        assert "is another user's" in str((await failure(stub.GetStats(GET))).details())
+
+
 async def test_the_socket_is_its_owners_alone_from_the_start(serve: Serve, folder: Path) -> None:
     umask = os.umask(0)
     try:
@@ -127,6 +218,17 @@ async def test_another_user_cannot_connect(serve: Serve, folder: Path) -> None:
 async def test_other_hosts_are_not_served_without_tls(serve: Serve, address: str) -> None:
     with pytest.raises(InvalidArgument, match="can be reached by other hosts"):
         await serve(addresses=(address,))
+
+
+async def test_not_everybody_who_connects_over_tcp_is_served(serve: Serve, folder: Path) -> None:
+    """Loopback is every user's of the host, and TLS by itself asks nobody who they are."""
+    authority = Authority(folder, "authority")
+    alone, asking = (Tls(*authority.issue("service"), ca) for ca in (None, authority.file))
+    for tls in (None, alone):
+        with pytest.raises(InvalidArgument, match=r"set token_file or tls_client_ca, or allow insecure"):
+            await serve(addresses=("127.0.0.1:0",), tls=tls)
+    for fields in ({"token": "right"}, {"tls": asking}, {"insecure": True}, {"insecure": True, "tls": alone}):
+        await serve(addresses=("127.0.0.1:0",), **fields)
 
 
 def test_other_hosts_are_not_called_without_tls() -> None:
@@ -207,7 +309,7 @@ async def test_tls_carries_the_token_and_mutual_tls_refuses_strangers(
 
 async def test_missing_tls_files_are_named(serve: Serve, folder: Path) -> None:
     with pytest.raises(InvalidArgument, match=r"tls\.key_file: cannot read .*: No such file"):
-        await serve(addresses=("127.0.0.1:0",), tls=Tls(folder / "a", folder / "b"))
+        await serve(addresses=("127.0.0.1:0",), tls=Tls(folder / "a", folder / "b"), token="right")
     with pytest.raises(InvalidArgument, match="ca_file: cannot read"):
         connect("127.0.0.1:1", ca_file=folder / "none")
     with pytest.raises(InvalidArgument, match="needs both"):

@@ -202,7 +202,7 @@ async def test_a_proxy_for_the_web_is_not_asked(serve: Serve, monkeypatch: pytes
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("no_grpc_proxy", raising=False)
-    serving = await serve(addresses=("127.0.0.1:0",))
+    serving = await serve(addresses=("127.0.0.1:0",), insecure=True)
     async with connect_aio(serving.addresses[0]) as channel:
         stub = engine_pb2_grpc.EngineServiceStub(channel)
         assert (await stub.GetStats(engine_pb2.GetStatsRequest(), timeout=5)).reason == "it works"

@@ -26,7 +26,7 @@ async def answers(address: str) -> bool:
 
 
 async def test_free_ports_are_reported(serve: Serve, folder: Path) -> None:
-    serving = await serve(addresses=("127.0.0.1:0", f"unix://{folder}/a", "localhost:0"))
+    serving = await serve(addresses=("127.0.0.1:0", f"unix://{folder}/a", "localhost:0"), insecure=True)
     tcp, unix, named = serving.addresses
     assert unix == f"unix://{folder}/a"
     for address in (tcp, named):
@@ -35,9 +35,9 @@ async def test_free_ports_are_reported(serve: Serve, folder: Path) -> None:
 
 
 async def test_a_second_server_on_the_port_is_refused(serve: Serve) -> None:
-    (address,) = (await serve(addresses=("127.0.0.1:0",))).addresses
+    (address,) = (await serve(addresses=("127.0.0.1:0",), insecure=True)).addresses
     with pytest.raises(FailedPrecondition, match=f"cannot serve at {address}") as caught:
-        await serve(addresses=(address,))
+        await serve(addresses=(address,), insecure=True)
     assert caught.value.reason is Reason.ADDRESS_IN_USE
     assert await answers(address)
 
@@ -82,11 +82,11 @@ async def test_the_folder_must_exist(serve: Serve, folder: Path) -> None:
 async def test_a_failed_start_leaves_nothing_behind(
     serve: Serve, folder: Path, open_descriptors: Callable[[], int]
 ) -> None:
-    (taken,) = (await serve(addresses=("127.0.0.1:0",))).addresses
+    (taken,) = (await serve(addresses=("127.0.0.1:0",), insecure=True)).addresses
     before = open_descriptors()
     for _ in range(3):
         with pytest.raises(FailedPrecondition):
-            await serve(addresses=(f"unix://{folder}/a", taken), metrics_address="127.0.0.1:0")
+            await serve(addresses=(f"unix://{folder}/a", taken), metrics_address="127.0.0.1:0", insecure=True)
     await asyncio.sleep(0.2)
     assert not (folder / "a").exists()
     assert open_descriptors() <= before
