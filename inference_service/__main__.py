@@ -12,14 +12,15 @@ import pydantic
 import structlog
 
 from inference_service.config import InferenceSettings
+from tandem.cli import explain
 from tandem.errors import InvalidArgument, Reason, Violation
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Serve until SIGTERM or SIGINT, and end the process.
+    """Serve until SIGTERM or SIGINT, and end the process, also where serving failed: then with the reason and its code.
 
     Raises:
-        TandemError: a setting is wrong, the model cannot be loaded, or an address is taken.
+        TandemError: a setting is wrong.
     """
     try:
         settings = InferenceSettings.load(sys.argv[1:] if argv is None else argv)
@@ -36,11 +37,15 @@ def main(argv: list[str] | None = None) -> int:
     set_up_logging(json=settings.log_json)
     from inference_service.server import serve
 
-    asyncio.run(serve(settings))
+    code = 0
+    try:
+        asyncio.run(serve(settings))
+    except Exception as error:  # noqa: BLE001  # told here, since nothing is raised out of a process that must end
+        code = explain(error, "inference")
     # Threads of vLLM's that do not end would keep the interpreter from doing so.
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 def set_up_logging(*, json: bool) -> None:

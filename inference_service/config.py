@@ -107,6 +107,10 @@ class InferenceSettings(BaseSettings):
     )
     grace_s: float = Field(10.0, ge=0, description="What running calls get to end in when the service stops.")
     drain_delay_s: float = Field(0.0, ge=0, description="How long to say NOT_SERVING before refusing calls.")
+    exit_on_engine_death: bool = Field(
+        False,
+        description="Whether to drain and exit with 3 when the engine has died, for supervisors that look at exits.",
+    )
     metrics_address: str | None = Field(None, description="host:port of Prometheus's /metrics.")
     log_json: bool = Field(False, description="Whether log lines are JSON.")
     engine: dict[str, Any] = Field(

@@ -19,6 +19,7 @@ from inference_service.servicers.inference import InferenceServicer
 from inference_service.servicers.weights import WeightServicer
 from inference_service.sessions import Sessions
 from tandem.engine.v1 import engine_pb2_grpc
+from tandem.errors import Reason, Unavailable
 from tandem.inference.v1 import inference_pb2_grpc
 from tandem.rpc import Serving, ServingConfig
 from tandem.rpc.listen import Tls
@@ -37,6 +38,7 @@ async def serve(settings: InferenceSettings) -> None:
 
     Raises:
         TandemError: a setting or an engine argument is wrong, or an address is taken.
+        Unavailable: ENGINE_DEAD, the engine died, and `exit_on_engine_death` has the service end with it.
     """
     host = Host()
     serving = Serving(_serving_config(settings))
@@ -76,23 +78,22 @@ async def serve(settings: InferenceSettings) -> None:
     if loading.exception() is not None:
         serving.request_stop(now=True)
     await waiting
-    await loading
+    watching = await loading
+    if settings.exit_on_engine_death and not watching.cancelled():
+        raise Unavailable(Reason.ENGINE_DEAD, "the engine died, and the service ended with it")
 
 
-async def _load(settings: InferenceSettings, host: Host, serving: Serving) -> None:
+async def _load(settings: InferenceSettings, host: Host, serving: Serving) -> asyncio.Task[None]:
+    """Load the model and serve it. Returns the task that watches the engine: done if it died, else cancelled."""
     engine = await Engine.start(settings.model, settings.engine)
-    arenas = await collect(engine)
-    policy = Policy(engine, arenas)
-    sessions = Sessions(arenas, uids=settings.trainer_uids)
-    await sessions.start()
-
-    async def stop() -> None:
-        watching.cancel()
-        await sessions.stop()
-        engine.stop_listening()
-        await asyncio.to_thread(engine.stop)
-
-    serving.on_stop(stop)
+    try:
+        arenas = await collect(engine)
+        policy = Policy(engine, arenas)
+        sessions = Sessions(arenas, uids=settings.trainer_uids)
+        await sessions.start()
+    except Exception:
+        await _stop(engine)  # nobody else knows of it yet
+        raise
     host.load(policy, sessions)
 
     def tell() -> None:
@@ -106,14 +107,28 @@ async def _load(settings: InferenceSettings, host: Host, serving: Serving) -> No
             f"{state.lower()} {engine.info.model}, weight version {policy.version} {reason}".strip()
         )
 
+    async def stop() -> None:
+        watching.cancel()
+        await sessions.stop()
+        await _stop(engine)
+
+    watching = asyncio.create_task(_watch(engine, tell))
+    serving.on_stop(stop)
+    if settings.exit_on_engine_death:
+        watching.add_done_callback(lambda _: serving.request_stop())
     policy.changed.append(tell)
     host.changed = tell
     # What is there now stays. Collections that looked through all of it would stop the loop for half a second.
     gc.collect()
     gc.freeze()
     tell()
-    watching = asyncio.create_task(_watch(engine, tell))
     log.info("ready", model=engine.info.model, tensors=len(policy.manifest), bytes=policy.manifest.nbytes)
+    return watching
+
+
+async def _stop(engine: Engine) -> None:
+    engine.stop_listening()
+    await asyncio.to_thread(engine.stop)
 
 
 async def _watch(engine: Engine, tell: Callable[[], None]) -> None:

@@ -15,6 +15,8 @@ from tandem.errors import InvalidArgument, TandemError, Unavailable
 
 GROUP = "tandem.commands"
 
+_debug = False  # whether errors show their tracebacks
+
 _USAGE = "usage: tandem [--debug] COMMAND [ARGUMENTS...]"
 _OPTIONS = """options:
   -h, --help  show this, or after a command, that command's help
@@ -31,8 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    global _debug
     arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = False
+    _debug = False
     while arguments and arguments[0].startswith("-"):
         option = arguments.pop(0)
         if option in ("-h", "--help"):
@@ -41,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
             return _say(f"tandem {_version()}")
         if option != "--debug":
             return _fail(f"there is no option {option}\n{_USAGE}", 2)
-        debug = True
+        _debug = True
     if not arguments:
         return _fail(_help(), 2, prefix="")
     name, *rest = arguments
@@ -50,10 +53,28 @@ def main(argv: list[str] | None = None) -> int:
         near = difflib.get_close_matches(name, commands, n=1)
         hint = f"; did you mean {near[0]}?" if near else "; tandem --help lists the commands"
         return _fail(f"there is no command {name}{hint}", 2)
-    return _run(commands[name], rest, debug)
+    return _run(commands[name], rest)
 
 
-def _run(command: EntryPoint, arguments: list[str], debug: bool) -> int:
+def explain(error: Exception, command: str) -> int:
+    """Say on standard error why a command failed. For commands that end the process themselves.
+
+    Returns:
+        The exit code.
+    """
+    if _debug:
+        traceback.print_exception(error)
+    match error:
+        case TandemError():
+            code = 2 if isinstance(error, InvalidArgument) else 3 if isinstance(error, Unavailable) else 1
+            return _fail(str(error), code)
+        case ModuleNotFoundError():
+            return _fail(f"{command} needs {error.name}, which is not installed here", 1)
+    lines = str(error).strip().splitlines() or ["no message"]
+    return _fail(f"{type(error).__name__}: {lines[0]}{' ...' if lines[1:] else ''} (--debug shows all)", 1)
+
+
+def _run(command: EntryPoint, arguments: list[str]) -> int:
     try:
         return int(command.load()(arguments) or 0)
     except KeyboardInterrupt:
@@ -61,23 +82,8 @@ def _run(command: EntryPoint, arguments: list[str], debug: bool) -> int:
     except BrokenPipeError:  # the reader of our output, such as head, has left
         sys.stdout = None  # or the interpreter flushes it at exit and fails again
         return 1
-    except TandemError as error:
-        _trace(debug)
-        code = 2 if isinstance(error, InvalidArgument) else 3 if isinstance(error, Unavailable) else 1
-        text = str(error)
-    except ModuleNotFoundError as error:
-        _trace(debug)
-        code, text = 1, f"{command.name} needs {error.name}, which is not installed here"
     except Exception as error:  # noqa: BLE001  # of whatever the command runs
-        _trace(debug)
-        lines = str(error).strip().splitlines() or ["no message"]
-        code, text = 1, f"{type(error).__name__}: {lines[0]}{' ...' if lines[1:] else ''} (--debug shows all)"
-    return _fail(text, code)
-
-
-def _trace(debug: bool) -> None:
-    if debug:
-        traceback.print_exc()
+        return explain(error, command.name)
 
 
 def _commands() -> dict[str, EntryPoint]:
@@ -107,4 +113,6 @@ def _fail(text: str, code: int, prefix: str = "tandem: ") -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from tandem.cli import main as tandem  # the module that commands know, so that --debug reaches them
+
+    sys.exit(tandem())
