@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -166,12 +166,12 @@ def test_after_close_the_parameters_have_their_own_memory_and_values() -> None:
 
 def test_a_failure_before_the_first_write_leaves_the_engine_untouched() -> None:
     transport, _, arena = shared()
-    policy, _ = sources()
+    policy, parameters = sources()
 
     def broken() -> torch.Tensor:
         raise RuntimeError("no value")
 
-    policy[0] = SourceTensor(policy[0].spec, broken)
+    policy[0] = SourceTensor(policy[0].spec, broken, parameters[policy[0].name])
     with pytest.raises(RuntimeError, match="no value"):
         transport.move(policy, no_chunk)
     assert not transport.touched
@@ -198,7 +198,13 @@ def test_shared_fetches_descriptors_and_its_connection_is_the_session(tmp_path) 
     thread.start()
     before = len(os.listdir("/proc/self/fd"))
     handshake = Handshake(
-        "shared", MANIFEST, 0, str(tmp_path / "s"), b"t" * descriptors.TOKEN_BYTES, (size,), tuple(made)
+        "shared",
+        MANIFEST,
+        descriptor_socket=str(tmp_path / "s"),
+        token=b"t" * descriptors.TOKEN_BYTES,
+        arena_sizes=(size,),
+        arena_gpus=("",),
+        placements=tuple(made),
     )
     transport = open_transport(handshake, timeout_s=5)
     policy, parameters = sources()
@@ -216,11 +222,60 @@ def test_shared_fetches_descriptors_and_its_connection_is_the_session(tmp_path) 
 
 def test_placements_outside_the_arena_are_refused_before_anything_is_mapped() -> None:
     made, size = placements()
-    handshake = Handshake("shared", MANIFEST, 0, "/nowhere", b"", (size // 2,), tuple(made))
+    handshake = Handshake(
+        "shared",
+        MANIFEST,
+        descriptor_socket="/nowhere",
+        arena_sizes=(size // 2,),
+        arena_gpus=("",),
+        placements=tuple(made),
+    )
     with pytest.raises(ValueError, match="leave the arena"):
         open_transport(handshake)
     with pytest.raises(ValueError, match="no transport is named 'pigeon'"):
         open_transport(Handshake("pigeon", MANIFEST))
+
+
+@pytest.mark.parametrize("transport", ["shared", "stream"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_digesting_writes_nothing(transport: str, dtype: torch.dtype) -> None:
+    way, _, arena = shared(fragmented=["q.weight"])
+    policy, parameters = sources(dtype)
+    way.move(policy, no_chunk)
+    memory = arena.tensor(0, (arena.size,), torch.uint8).clone()
+    for parameter in parameters.values():
+        parameter.data = parameter.data + 1
+    read = way if transport == "shared" else StreamTransport(MANIFEST, 7)
+    assert read.digest(policy) == digest_of(parameters)
+    assert torch.equal(arena.tensor(0, (arena.size,), torch.uint8), memory)
+
+
+def in_place(parameter: nn.Parameter) -> None:
+    with torch.no_grad():
+        parameter.add_(1)
+
+
+def by_data(parameter: nn.Parameter) -> None:
+    parameter.data.copy_(torch.full_like(parameter, 3))  # as of a master that the optimizer has
+
+
+def fused(parameter: nn.Parameter) -> None:
+    master = nn.Parameter(parameter.data)
+    master.grad = torch.ones_like(master)
+    torch.optim.SGD([master], lr=1.0, fused=True).step()
+
+
+@pytest.mark.parametrize("write", [in_place, by_data, fused])
+def test_whoever_writes_aliased_memory_is_noticed(write: Callable[[nn.Parameter], None]) -> None:
+    transport, _, _ = shared()
+    policy, parameters = sources()
+    transport.move(policy, no_chunk)
+    transport.mark()
+    assert not transport.disturbed()
+    write(parameters["b.weight"])
+    assert transport.disturbed()
+    transport.mark()
+    assert not transport.disturbed()
 
 
 @pytest.mark.parametrize("limit", [7, 48, 1 << 20])

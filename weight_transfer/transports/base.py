@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from weight_transfer import digest as digests
 from weight_transfer.manifest import Manifest, TensorSpec
 from weight_transfer.placement import Placement
 
@@ -67,6 +68,7 @@ class WeightTransport(ABC):
     """One session's way of moving weights."""
 
     name: ClassVar[str]
+    _manifest: Manifest
 
     #: Whether the last `move` wrote into memory that the engine computes with.
     touched: bool = False
@@ -80,11 +82,33 @@ class WeightTransport(ABC):
         """Whether the engine's memory holds `policy` as it is, so that an update has nothing to move."""
         return False
 
+    def mark(self) -> None:
+        """Have `disturbed` compare with the aliased parameters as they are now."""
+        return
+
+    def disturbed(self) -> bool:
+        """Whether aliased parameters were written since `mark`, as far as a sample of them tells."""
+        return False
+
+    def digest(self, policy: Sequence[SourceTensor]) -> int:
+        """The policy's digest in the engine's dtypes. Reads alone, so that it needs no lease.
+
+        Fresh memory is held for one tensor at a time.
+        """
+        import torch
+
+        parts = [0] * len(self._manifest)
+        for source in policy:
+            index = self._manifest.positions[source.name]
+            dtype = getattr(torch, self._manifest.tensors[index].dtype)
+            parts[index] = digests.digest_tensor(source.read().detach().to(dtype))
+        return digests.combine(parts)
+
     @abstractmethod
     def move(
         self, policy: Sequence[SourceTensor], send: Callable[[Chunk], None], *, digest: bool = False
     ) -> Moved:
-        """Bring `policy` to the engine, within an update that is ready.
+        """Bring `policy` to the engine, within an update that is ready: without the lease, call `digest`.
 
         Args:
             policy: all tensors of the manifest, in any order.

@@ -14,6 +14,7 @@ from weight_transfer.arena import Arena
 from weight_transfer.manifest import Manifest
 from weight_transfer.placement import Placement
 from weight_transfer.transports.base import Chunk, Handshake, Moved, SourceTensor, WeightTransport
+from weight_transfer.transports.watch import Watch
 from weight_transfer.write import write
 
 
@@ -37,6 +38,7 @@ class SharedTransport(WeightTransport):
         self._arenas = list(arenas)
         self._connection = connection
         self._aliased: dict[int, torch.nn.Parameter] = {}
+        self._watch = Watch()
 
     @classmethod
     def connect(cls, handshake: Handshake, timeout_s: float) -> SharedTransport:
@@ -63,6 +65,12 @@ class SharedTransport(WeightTransport):
 
     def settled(self, policy: Sequence[SourceTensor]) -> bool:
         return all(self._in_place(source) for source in policy)
+
+    def mark(self) -> None:
+        self._watch.start(p for p in self._aliased.values() if self._is_ours(p))
+
+    def disturbed(self) -> bool:
+        return self._watch.changed()
 
     def move(
         self, policy: Sequence[SourceTensor], send: Callable[[Chunk], None], *, digest: bool = False
@@ -91,8 +99,8 @@ class SharedTransport(WeightTransport):
 
     def _write(self, sources: Sequence[SourceTensor], parts: list[int]) -> None:
         if sources:
-            self.touched = True
             items = [(self._placements[source.name], source.read().detach()) for source in sources]
+            self.touched = True
             self._note(sources, write(items, self._arenas), parts)
 
     def _note(self, sources: Sequence[SourceTensor], found: Sequence[int], parts: list[int]) -> None:
@@ -105,6 +113,7 @@ class SharedTransport(WeightTransport):
                 if self._is_ours(parameter):
                     parameter.data = parameter.data.clone()
         self._aliased.clear()
+        self._watch.stop()
         self._arenas.clear()
         if self._connection is not None:
             self._connection.close()
