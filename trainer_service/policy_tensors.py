@@ -145,6 +145,10 @@ def _source(
         raise _unsupported(f"{name} is sharded (FSDP2 or DeepSpeed ZeRO-3), which is not supported yet")
     if not (tensor.is_floating_point() or parameter is None):
         raise _unsupported(f"{name} is quantized to {tensor.dtype}; the engine needs plain weights")
+    if hasattr(tensor, "_hp_mapping"):
+        # DeepSpeed's ZeRO-1 and 2 and its bf16 optimizer write flat buffers that their parameters are views of.
+        # One that became engine memory would be trained no more.
+        parameter = None
     spec = TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
     return SourceTensor(spec, read or (lambda: tensor.detach()), parameter)
 

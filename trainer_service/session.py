@@ -72,8 +72,8 @@ class Session:
             raise FailedPrecondition(Reason.TRANSPORT_UNAVAILABLE, message) from error
         logger.info("weights move by the %s transport%s", chosen, opened.reason and f": {opened.reason}")
 
-    def begin(self, *, timeout_s: float = UPDATE_TIMEOUT_S) -> Lease:
-        """Take the lease for one update on top of `weight_version`.
+    def begin(self, number: int, *, timeout_s: float = UPDATE_TIMEOUT_S) -> Lease:
+        """Take the lease for the update that makes version `number` on top of `weight_version`.
 
         Raises:
             FailedPrecondition: somebody else made a newer version.
@@ -81,19 +81,19 @@ class Session:
         """
         return Lease(
             self._client.weights,
-            pb.BeginUpdate(session_id=self.id, base_version=self.weight_version),
+            pb.BeginUpdate(session_id=self.id, base_version=self.weight_version, new_version=number),
             heartbeat_s=max(self.lease_timeout_s / 4, 0.05),
             timeout_s=timeout_s,
             answer_timeout_s=ANSWER_TIMEOUT_S,
         )
 
-    def holds(self, digest: int) -> bool:
-        """Whether the engine has committed weights of this digest as the version after ours."""
+    def holds(self, number: int, digest: int) -> bool:
+        """Whether the engine has committed weights of this digest as version `number`."""
         request = pb.GetWeightVersionRequest(include_digest=True)
         with rpc.translated():
             now = self._client.weights.GetWeightVersion(request, timeout=ANSWER_TIMEOUT_S)
         committed: bool = now.state == pb.WEIGHT_STATE_COMMITTED and now.digest == digest
-        return committed and now.weight_version == self.weight_version + 1
+        return committed and now.weight_version == number
 
 
 def _identity(policy: Sequence[SourceTensor]) -> pb.ProcessIdentity:

@@ -1,8 +1,11 @@
 """The policy's weights on their way to the engine: the session, its updates, and what to do when one fails.
 
 Where the parameters are the engine's memory (an aliased session), every write to them needs the lease: the
-optimizer's steps take it by themselves, anything else goes inside `update()`. All other sessions move
-everything in `sync()`.
+optimizer's steps take it by themselves, anything else goes inside `update()`, and what was written without it
+is an error. All other sessions move everything in `sync()`.
+
+Versions go on with the run's numbers whatever lives the engine has, and weights that a new life is given anew
+keep theirs, since other ranks wait for rollouts of it.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from torch import nn
 from torch.optim import Optimizer
@@ -82,6 +85,10 @@ class PolicyWeights:
         self._depth = 0
         self._stepping: FrameType | None = None  # the optimizer's step that holds the lease
         self._dirty = True  # the engine may hold something else than the trainer
+        self._number = 0  # of the update that began last
+        self._asked = 0  # a commit of this number was asked for, and not answered
+        self._held: int | None = None  # digest of what was committed last, where it is known
+        self._as_committed = False  # no lease was given since to whom might have written
         self._spent = 0.0
         self._hooks: list[Any] = []
         self._finalizer: weakref.finalize[[], PolicyWeights] | None = None
@@ -135,7 +142,8 @@ class PolicyWeights:
         When the engine went away, waits for it to come back, and gives it everything anew.
 
         Raises:
-            FailedPrecondition: somebody else changed the engine's weights.
+            FailedPrecondition: somebody else changed the engine's weights, or parameters in the engine's memory
+                were written without the lease. The engine serves nothing then until the next `sync`.
             Unavailable: the engine did not come back in time.
             TandemError: the service refused the update, and trying again would not help.
         """
@@ -175,7 +183,17 @@ class PolicyWeights:
         self.abandon(reason)
         if self._finalizer is not None:
             self._finalizer()
-        self._session, self._finalizer = None, None
+        self._session, self._finalizer, self._asked = None, None, 0
+
+    def _outlive_engine(self) -> None:
+        """End the session with an engine that was started again."""
+        session = self._session
+        if session is not None and self._as_committed and self._held is None:
+            # Commits that move no byte have no digest. The parameters are as committed, in memory that is ours too.
+            policy = self._policy(session.names)
+            if session.transport.settled(policy) and not session.transport.disturbed():
+                self._held = session.transport.digest(policy)
+        self._end_session("the engine was restarted")
 
     def _policy(self, wanted: Sequence[str]) -> list[SourceTensor]:
         return policy_tensors(self._model(), frozenset(wanted))
@@ -185,20 +203,46 @@ class PolicyWeights:
         session = self._session
         assert session is not None  # noqa: S101  for the type checker
         policy = self._policy(session.names)
-        if not self._dirty and session.transport.settled(policy):
-            # Every step was committed as it was made. What is left to know: does that engine still live?
+        if not self._dirty and self.aliased:
+            # Every step was committed as it was made. What is left to know: does that engine still live, and
+            # did anything else write?
             model = self._client.wait_until_serving(self._timeout_s, accept=WRITABLE)
             if model.engine_id != session.engine_id:
-                self._end_session("the engine was restarted")
+                self._outlive_engine()
                 return self._sync()
             if model.weight_version != session.weight_version:
                 raise _taken(session.weight_version, model.weight_version)
-            if model.state != ServingState.SERVING_STATE_TORN:
+            if session.transport.disturbed():
+                self._refuse(self._begin())
+            if session.transport.settled(policy) and model.state != ServingState.SERVING_STATE_TORN:
                 return None
         started = time.perf_counter()
-        lease = _patiently(session.begin)
+        lease = self._begin()
         self._move(lease, policy, started)
         return None
+
+    def _begin(self) -> Lease:
+        session = self._session
+        assert session is not None  # noqa: S101  for the type checker
+        last, base = self.weight_version, session.weight_version
+        number = max(last, base) + 1
+        if base < last and self._held is not None:  # a new life of the engine
+            policy = self._policy(session.names)
+            number = last if session.transport.digest(policy) == self._held else number
+        lease = _patiently(lambda: session.begin(number))
+        self._number, self._asked = number, 0
+        return lease
+
+    def _refuse(self, lease: Lease) -> NoReturn:
+        """The engine holds weights of no version: tell it so, and the caller."""
+        lease.abort("the trainer wrote without a lease", untouched=False)
+        self._dirty = True
+        raise FailedPrecondition(
+            Reason.UPDATE_ORDER,
+            "The policy's parameters are the engine's memory, and were written outside an update: by an "
+            "optimizer that has parameters or buffers of its own, or by code that belongs in `update()`. An "
+            "optimizer like that works with the stream transport.",
+        )
 
     def _move(self, lease: Lease, policy: list[SourceTensor], started: float, *, wrote: bool = False) -> None:
         session = self._session
@@ -210,8 +254,13 @@ class PolicyWeights:
         except BaseException as error:
             lease.abort(str(error), untouched=not (wrote or session.transport.touched))
             raise
-        version, stopped = lease.commit(moved.digest)
-        session.weight_version = version
+        try:
+            version, stopped = lease.commit(moved.digest)
+        except TandemError as error:
+            self._asked = self._number if _retryable(error) else 0
+            raise
+        session.transport.mark()
+        session.weight_version, self._held, self._as_committed = version, moved.digest, True
         self._dirty = False
         self.committed += 1
         self.history.append(UpdateStats(version, moved.nbytes, time.perf_counter() - started, stopped))
@@ -239,13 +288,15 @@ class PolicyWeights:
             or model.engine_id != session.engine_id
             or error.reason == Reason.SESSION_NOT_FOUND
         ):
-            self._end_session("the engine was restarted")
-        elif model.weight_version == session.weight_version + 1:
-            # Perhaps our own commit, whose answer was lost. Its digest tells; nothing is sent.
-            policy = self._policy(session.names)
-            digest = session.transport.move(policy, lambda chunk: None, digest=True).digest
-            if digest is not None and session.holds(digest):
-                session.weight_version += 1
+            self._outlive_engine()
+        elif (
+            self._asked
+            and model.weight_version == self._asked
+            # Perhaps our own commit, whose answer was lost. Its digest tells. Of parameters that are the engine's
+            # memory it would tell nothing, but there nobody else can commit while this session lives.
+            and session.holds(self._asked, session.transport.digest(self._policy(session.names)))
+        ):
+            session.weight_version, self._asked = self._asked, 0
 
     def _enter(self) -> None:
         if self._depth == 0 and self.aliased:
@@ -260,7 +311,10 @@ class PolicyWeights:
         if self._session is None or self._dirty:
             self._sync()
         assert self._session is not None  # noqa: S101  for the type checker
-        self._lease = _patiently(self._session.begin)
+        lease = self._begin()
+        if self._session.transport.disturbed():
+            self._refuse(lease)
+        self._lease, self._as_committed = lease, False
 
     def _leave(self) -> None:
         self._depth -= 1

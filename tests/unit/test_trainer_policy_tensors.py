@@ -152,3 +152,12 @@ def test_sharded_and_quantized_parameters_are_refused_by_name() -> None:
     model.model.norm.weight = nn.Parameter(torch.zeros(32, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(FailedPrecondition, match=r"model\.norm\.weight is quantized"):
         policy_tensors(model)
+
+
+def test_parameters_that_deepspeed_writes_through_its_buffers_are_never_the_engines_memory() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].weight._hp_mapping = None  # as ZeRO-1 and 2 mark all of theirs
+    sources = {source.name: source for source in policy_tensors(model)}
+    assert sources["0.weight"].parameter is None
+    assert torch.equal(sources["0.weight"].read(), model[0].weight)
+    assert sources["1.weight"].parameter is model[1].weight

@@ -7,6 +7,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -19,10 +20,13 @@ from tests.weight_service import WeightService, network
 from trainer_service import weights as weights_module
 from trainer_service.client import InferenceClient
 from trainer_service.lease import Lease
+from trainer_service.session import Session
 from trainer_service.weights import PolicyWeights
 from weight_transfer.digest import combine, digest_tensors
 
 LEASE_S = 0.6
+#: Aliased, written, streamed.
+WAYS = [("shared", torch.bfloat16), ("shared", torch.float32), ("stream", torch.bfloat16)]
 
 
 @pytest.fixture
@@ -115,14 +119,25 @@ def assert_same(engine: Engine, model: nn.Module) -> None:
     assert engine.digest == digest_of(model)
 
 
+def restore(engine: Engine) -> None:
+    engine.weights.RestoreCheckpoint(pb.RestoreCheckpointRequest(), timeout=5)
+
+
+#: Digest of the service's checkpoint.
+ZEROS = combine(
+    digest_tensors([torch.zeros_like(value) for _, value in sorted(network().named_parameters())])
+)
+
+
 def in_engine(engine: Engine, model: nn.Module) -> bool:
-    """Whether a write to the model is a write to the engine."""
-    before = engine.digest
+    """Whether a write to the model is a write to the engine. The model is as before."""
+    before, first = engine.digest, next(model.parameters())
+    value = first.detach().clone()
     with torch.no_grad():
-        next(model.parameters())[0] += 8
+        first += 8
     changed = engine.digest != before
     with torch.no_grad():
-        next(model.parameters())[0] -= 8
+        first.copy_(value)
     return changed
 
 
@@ -263,6 +278,39 @@ def test_writing_outside_a_step_goes_into_an_update(engine: Engine, policy: Poli
     assert_same(engine, model)
 
 
+def by_masters(model: nn.Module) -> torch.optim.Optimizer:
+    """An optimizer that has parameters of its own, and copies them into the model's when it is done."""
+    masters = [nn.Parameter(p.detach().float()) for p in model.parameters()]
+
+    class Masters(torch.optim.SGD):
+        def step(self, closure: None = None) -> None:
+            for master, parameter in zip(masters, model.parameters(), strict=True):
+                master.grad = parameter.grad.float()
+            super().step(closure)
+            for master, parameter in zip(masters, model.parameters(), strict=True):
+                parameter.data.copy_(master.data)
+
+    return Masters(masters, lr=0.5)
+
+
+@pytest.mark.parametrize("then", ["sync", "step"])
+def test_a_write_without_the_lease_is_an_error_and_the_next_sync_heals(
+    engine: Engine, policy: Policy, then: str
+) -> None:
+    model = network()
+    weights = policy(model)
+    weights.sync()
+    step(model, Sgd(model))
+    step(model, by_masters(model))
+    with pytest.raises(FailedPrecondition, match="written outside an update") as raised:
+        weights.sync() if then == "sync" else step(model, Sgd(model))
+    assert raised.value.reason == Reason.UPDATE_ORDER
+    assert engine.state == "TORN", "what was served is of no version"
+    weights.sync()
+    assert_same(engine, model)
+    assert engine.version == 4
+
+
 def test_replaced_parameter_memory_is_moved_back(engine: Engine, policy: Policy) -> None:
     model, other = network(), network()
     weights = policy(model)
@@ -296,6 +344,7 @@ def test_a_service_that_comes_back_gets_everything_anew(
     step(model, optimizer)
     weights.sync()
     assert weights.engine_id != life
+    assert weights.weight_version == engine.version == 3
     for parameter, value in zip(model.parameters(), before, strict=True):
         assert torch.equal(parameter, value - 0.5)
     assert_same(engine, model)
@@ -304,6 +353,33 @@ def test_a_service_that_comes_back_gets_everything_anew(
     weights.sync()
     assert_same(engine, model)
     assert weights.aliased == (transport == "shared")
+
+
+@pytest.mark.parametrize(("transport", "dtype"), WAYS)
+def test_versions_go_on_and_the_same_weights_keep_theirs_in_a_new_life_of_the_engine(
+    service: WeightService, engine: Engine, policy: Policy, transport: str, dtype: torch.dtype
+) -> None:
+    model = network(dtype)
+    weights = policy(model, transport)
+    optimizer = Sgd(model)
+    weights.sync()
+    for _ in range(3):
+        step(model, optimizer)
+        weights.sync()
+    assert weights.weight_version == engine.version == 5
+
+    for _ in range(2):  # lives
+        service.kill()
+        service.start()
+        weights.sync()
+        assert weights.weight_version == engine.version == 5, "other ranks wait for rollouts of it"
+        assert_same(engine, model)
+    service.kill()
+    service.start()
+    step(model, optimizer)
+    weights.sync()
+    assert weights.weight_version == engine.version == 6
+    assert_same(engine, model)
 
 
 @pytest.mark.parametrize("transport", ["shared", "stream"])
@@ -322,25 +398,111 @@ def test_a_service_that_stays_away_is_an_error_in_time(
     assert all(torch.equal(p, v) for p, v in zip(model.parameters(), values, strict=True))
 
 
-@pytest.mark.parametrize("transport", ["shared", "stream"])
+def unleased_moves(monkeypatch: pytest.MonkeyPatch, weights: PolicyWeights) -> list[str]:
+    """States in which the engine's memory was written to, other than WRITING."""
+    transport, found = weights._session.transport, []
+    move = transport.move
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        state = pb.WeightState.Name(
+            weights._client.weights.GetWeightVersion(pb.GetWeightVersionRequest()).state
+        )
+        if state not in ("WEIGHT_STATE_WRITING", "WEIGHT_STATE_STAGING"):
+            found.append(state)
+        return move(*args, **kwargs)
+
+    monkeypatch.setattr(transport, "move", watched)
+    return found
+
+
+@pytest.mark.parametrize(("transport", "dtype"), WAYS)
 def test_a_commit_whose_answer_is_lost_is_known_by_its_digest(
-    engine: Engine, policy: Policy, transport: str, monkeypatch: pytest.MonkeyPatch
+    engine: Engine,
+    policy: Policy,
+    transport: str,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = network()
+    model = network(dtype)
     weights = policy(model, transport)
     weights.sync()
-    commit = Lease.commit
+    unleased = unleased_moves(monkeypatch, weights)
+    commit, held, asked = Lease.commit, [], []
+    holds = weights._session.holds
 
     def lose_answer(lease: Lease, digest: int | None) -> tuple[int, float]:
         commit(lease, digest)
-        monkeypatch.undo()
+        held.append(engine.digest)
+        monkeypatch.setattr(Lease, "commit", commit)
         raise Unavailable(Reason.UNREACHABLE, "connection reset")
 
+    def ask(number: int, digest: int) -> bool:
+        asked.append((number, digest, holds(number, digest), holds(number, digest ^ 1)))
+        return asked[-1][2]
+
     monkeypatch.setattr(Lease, "commit", lose_answer)
+    monkeypatch.setattr(weights._session, "holds", ask)
     step(model, Sgd(model))
     weights.sync()
+    assert asked == [(3, held[0], True, False)]
+    assert unleased == []
     assert_same(engine, model)
     assert weights.weight_version == engine.version == 4
+
+
+@pytest.mark.parametrize(("transport", "dtype"), WAYS[1:])
+def test_somebody_elses_commit_is_not_taken_for_one_whose_answer_was_lost(
+    engine: Engine,
+    policy: Policy,
+    transport: str,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = network(dtype)
+    weights = policy(model, transport)
+    weights.sync()
+
+    def lose(lease: Lease, digest: int | None) -> tuple[int, float]:
+        lease.abort("lost", untouched=False)
+        restore(engine)
+        raise Unavailable(Reason.UNREACHABLE, "connection reset")
+
+    monkeypatch.setattr(Lease, "commit", lose)
+    step(model, Sgd(model))
+    with pytest.raises(FailedPrecondition) as raised:
+        weights.sync()
+    assert raised.value.reason == Reason.BASE_VERSION_MISMATCH
+    assert (engine.version, engine.digest) == (3, ZEROS)
+
+
+@pytest.mark.parametrize(("transport", "dtype"), WAYS)
+def test_an_engine_that_somebody_else_updated_is_not_written_to(
+    engine: Engine,
+    policy: Policy,
+    transport: str,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = network(dtype)
+    weights = policy(model, transport)
+    weights.sync()
+    begin = Session.begin
+
+    def unavailable(*args: Any, **kwargs: Any) -> Lease:
+        monkeypatch.setattr(Session, "begin", begin)
+        restore(engine)
+        raise Unavailable(Reason.UNREACHABLE, "connection reset")
+
+    monkeypatch.setattr(Session, "begin", unavailable)
+
+    def update() -> None:
+        step(model, Sgd(model))  # begins by itself where parameters are aliased
+        weights.sync()
+
+    with pytest.raises(FailedPrecondition) as raised:
+        update()
+    assert raised.value.reason == Reason.BASE_VERSION_MISMATCH
+    assert (engine.version, engine.digest) == (3, ZEROS)
 
 
 @pytest.mark.parametrize("transport", ["shared", "stream"])
@@ -348,7 +510,7 @@ def test_weights_that_somebody_else_made_are_an_error(engine: Engine, policy: Po
     model = network()
     weights = policy(model, transport)
     weights.sync()
-    engine.weights.RestoreCheckpoint(pb.RestoreCheckpointRequest(), timeout=5)
+    restore(engine)
     with pytest.raises(FailedPrecondition) as raised:
         weights.sync()
     assert raised.value.reason == Reason.BASE_VERSION_MISMATCH
