@@ -98,6 +98,9 @@ class InferenceSettings(BaseSettings):
         False,
         description="Whether callers may send templates of their own for chats. A template is a program without limit.",
     )
+    engine_timeout_s: float = Field(
+        60.0, gt=0, description="seconds after which an engine that answers no control call is taken for dead"
+    )
     lease_timeout_s: float = Field(
         2.0, ge=0.2, le=60, description="A trainer silent for this long in an open update has lost it."
     )

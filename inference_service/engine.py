@@ -6,18 +6,25 @@ Supports vLLM 0.26 (GPU hosts) and 0.31 (CPU); where they differ, the code says 
 from __future__ import annotations
 
 import asyncio
+import itertools
+import math
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, TypeVar
+
+import structlog
 
 from inference_service.launch import Launched, launch
 from inference_service.loras import Loras, Shapes
 from inference_service.refusals import one_line
 from tandem.errors import Aborted, FailedPrecondition, Reason, Unavailable, invalid
 
+log = structlog.get_logger(__name__)
+
 PauseMode = Literal["keep", "wait", "abort"]
 
 _WORKERS_S = 300.0
+_SLEEP = "sleep"  # who holds generation while the engine sleeps
 _DEATH_S = 0.25  # how soon a control call notices that the engine died
 
 T = TypeVar("T")
@@ -42,21 +49,30 @@ class Engine:
     Raised by any method: Unavailable(ENGINE_DEAD) once a process of the engine has died, which is for good.
     """
 
-    def __init__(self, launched: Launched) -> None:
+    def __init__(self, launched: Launched, timeout_s: float = 60.0) -> None:
+        """Take over an engine that runs.
+
+        Args:
+            launched: the engine.
+            timeout_s: seconds after which an engine that answers no control call is taken for dead. Loading weights,
+                and rollouts that are waited for, may take longer.
+        """
         self.llm = launched.llm
         self.info = launched.info
         self.stats = launched.stats
         self.loras = Loras(launched.llm)
         self.asleep = False
         self._stopped = False
+        self._timeout_s = timeout_s
+        self._hangs = False
         self._pausers: set[str] = set()
         self._control = asyncio.Lock()  # one control call at a time: vLLM's are not safe against each other
         self._tokenizing = ThreadPoolExecutor(1, "tokenizer")  # fast tokenizers aren't safe in two threads
 
     @classmethod
-    async def start(cls, model: str, arguments: dict[str, Any]) -> Engine:
+    async def start(cls, model: str, arguments: dict[str, Any], timeout_s: float = 60.0) -> Engine:
         """Load `model` with vLLM's engine `arguments`. Raises as `launch` does."""
-        return cls(await launch(model, arguments))
+        return cls(await launch(model, arguments), timeout_s)
 
     def stop_listening(self) -> None:
         """Take no more outputs: vLLM's handler would report the end of the engine's processes as an error."""
@@ -73,31 +89,33 @@ class Engine:
 
     @property
     def dead(self) -> bool:
-        """Whether a process of the engine has died."""
-        return self._stopped or bool(self.llm.errored)
+        """Whether a process of the engine has died, or hangs."""
+        return self._stopped or self._hangs or bool(self.llm.errored)
 
     @property
     def paused(self) -> bool:
         """Whether anybody holds generation."""
         return bool(self._pausers)
 
-    async def _controlled(self, work: Coroutine[Any, Any, T]) -> T:
+    async def _controlled(self, work: Coroutine[Any, Any, T], seconds: float | None = None) -> T:
         """Do `work`, which makes control calls, when no other such work is being done.
 
-        vLLM would wait for the answer of a dead engine for ever. If the caller is cancelled, `work` is, and may undo
-        what it did before the next begins.
+        vLLM would wait for the answer of a dead engine, or of one that hangs, for ever. One that takes more than
+        `seconds`, the engine's timeout if None, is given up. If the caller is cancelled, `work` is, and may undo what
+        it did before the next begins.
         """
+        seconds = self._timeout_s if seconds is None else seconds
         async with self._control:
             if self.dead:
                 work.close()
                 raise _dead()
             working = asyncio.ensure_future(work)
             try:
-                await self._until_done(working)
+                await self._until_done(working, seconds)
             finally:
                 if not working.done():
                     working.cancel()
-                    await self._until_done(working)
+                    await self._until_done(working, seconds)
             if not working.done():
                 raise _dead()
             try:
@@ -107,9 +125,16 @@ class Engine:
                     raise _dead() from error
                 raise
 
-    async def _until_done(self, working: asyncio.Future[Any]) -> None:
-        while not working.done() and not self.dead:
+    async def _until_done(self, working: asyncio.Future[Any], seconds: float) -> None:
+        # In ticks: a loop that was stalled itself may not blame the engine for the time.
+        ticks = itertools.repeat(None) if seconds == math.inf else range(math.ceil(seconds / _DEATH_S))
+        for _ in ticks:
+            if working.done() or self.dead:
+                return
             await asyncio.wait({working}, timeout=_DEATH_S)
+        if not working.done():
+            log.error("the engine hangs", seconds=seconds)
+            self._hangs = True
 
     async def pause(self, who: str, mode: PauseMode = "keep", clear_cache: bool = True) -> None:
         """Stop generation until `who` resumes. Returns once nothing runs and what ran has been handed over.
@@ -118,7 +143,7 @@ class Engine:
             Aborted: LEASE_HELD, somebody else holds generation, and letting rollouts run on or ending them would
                 reach into that.
         """
-        await self._controlled(self._pause(who, mode, clear_cache))
+        await self._controlled(self._pause(who, mode, clear_cache), math.inf if mode == "wait" else None)
 
     async def _pause(self, who: str, mode: PauseMode, clear_cache: bool) -> None:
         if self._pausers - {who} and mode != "keep":
@@ -179,22 +204,40 @@ class Engine:
 
     async def call_workers(self, method: str, *args: Any) -> list[Any]:
         """Call a method of each worker; the answers by rank. Generation stands still meanwhile."""
-        return list(await self._controlled(self.llm.collective_rpc(method, timeout=_WORKERS_S, args=args)))
+        return list(await self._controlled(self._call_workers(method, *args), _WORKERS_S))
+
+    async def _call_workers(self, method: str, *args: Any) -> list[Any]:
+        return list(await self.llm.collective_rpc(method, timeout=_WORKERS_S, args=args))
 
     async def sleep(self) -> None:
-        """Free the KV cache. The weights stay: they are an arena's, not vLLM's to free."""
+        """Free the KV cache, once what runs has ended. The weights stay: they are an arena's, not vLLM's to free.
+
+        Raises:
+            FailedPrecondition: SLEEP_MODE_OFF. Aborted: LEASE_HELD, somebody else holds generation.
+        """
         if not self.llm.vllm_config.model_config.enable_sleep_mode:
             raise FailedPrecondition(
                 Reason.SLEEP_MODE_OFF, "start the engine with enable_sleep_mode to use Sleep"
             )
-        await self._controlled(self.llm.sleep(level=1))
+        await self._controlled(self._sleep(), math.inf)
+
+    async def _sleep(self) -> None:
+        if self.asleep:
+            return
+        # The workers are called past vLLM's own sleep, whose wake-up would let generation go on whoever else holds it.
+        await self._pause(_SLEEP, "wait", clear_cache=True)
         self.asleep = True
+        await self._call_workers("sleep", 1)
 
     async def wake_up(self) -> None:
         """Rebuild what `sleep` freed."""
+        await self._controlled(self._wake_up(), _WORKERS_S)
+
+    async def _wake_up(self) -> None:
         if self.asleep:
-            await self._controlled(self.llm.wake_up())
+            await self._call_workers("wake_up")
             self.asleep = False
+            await self._release(_SLEEP)
 
     async def load_lora(self, name: str, path: str, policy: Shapes | None = None) -> None:
         """Load the adapter in the folder `path`, in place of any of that name. Raises as `Loras.load` does."""

@@ -146,10 +146,14 @@ def _config(model: str, path: str, arguments: dict[str, Any]) -> Any:
             worker_extension_cls=_CPU_EXTENSION if on_cpu else _EXTENSION,
             **(DEFAULTS | arguments),
         )
-        return engine_args.create_engine_config()
+        config = engine_args.create_engine_config()
     except Exception as error:
         if any(kind.__module__.startswith("huggingface_hub") for kind in type(error).__mro__):
             raise invalid("model", f"cannot get {model!r}: {one_line(error)}") from error
         if (refused := named(error, "engine", names)) is None:
             raise
         raise refused from error
+    if config.parallel_config.data_parallel_size > 1:
+        # vLLM's client calls the workers of one of its engines only: the others would keep their old weights.
+        raise invalid("engine.data_parallel_size", "a service has one engine: start one for each replica")
+    return config

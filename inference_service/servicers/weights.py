@@ -94,6 +94,9 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
                     new_version=begin.new_version if begin.HasField("new_version") else None,
                 )
                 async with _Lease(update) as lease:
+                    if reason := trainer.has_gone:  # before it was told that it may write
+                        await lease.settle().abort(untouched=True, reason=reason)
+                        raise Aborted(Reason.LEASE_LOST, reason)
                     yield pb.UpdateWeightsResponse(ready=pb.UpdateReady())
                     yield await self._move(policy, session, lease, trainer)
         finally:
@@ -167,6 +170,11 @@ class _Trainer:
         self._messages = aiter(messages)
         self._timeout = timeout
         self._gone: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+    @property
+    def has_gone(self) -> str:
+        """Why it will say nothing more; "" as far as is known."""
+        return str(self._gone.result()) if self._gone.done() and not self._gone.cancelled() else ""
 
     def gone(self, reason: str) -> None:
         if not self._gone.done():

@@ -138,3 +138,22 @@ def the_engine_dies(plane: Plane) -> None:
     model = plane.service.inference.GetModel(inference_pb2.GetModelRequest(), timeout=5)
     assert model.state == engine_pb2.SERVING_STATE_DEAD
     assert plane.service.stop() == 0
+
+
+def test_an_engine_that_hangs_is_taken_for_dead(checkpoints: dict[str, Path], folder: Path) -> None:
+    with started(checkpoints, folder, "--engine-timeout-s=2") as plane:
+        with plane.open(SHARED) as session, session.begin() as update:
+            session.write(plane.tensors)
+            processes = plane.service.children()
+            (engine,) = [pid for pid in processes if "EngineCore" in psutil.Process(pid).cmdline()[0]]
+            os.kill(engine, signal.SIGSTOP)
+            stopped = time.monotonic()
+            with pytest.raises(Unavailable) as caught:
+                update.commit(session.digest(plane.tensors))
+            assert caught.value.reason == Reason.ENGINE_DEAD
+            assert time.monotonic() - stopped < 2 + TOLD_S
+        assert plane.service.health() == "NOT_SERVING"
+        with pytest.raises(Unavailable):
+            raw.restore(plane.stub)
+        assert plane.service.stop() == 0
+        wait_until_gone(processes)

@@ -139,3 +139,51 @@ async def test_a_pause_waits_until_all_tokens_are_counted(engine: Any, core: Cor
     engine.llm.output_handler.cancel()
     core.outputs_queue.put_nowait(1)
     await asyncio.wait_for(engine.pause("a"), 2)  # a handler that ended keeps nobody waiting
+
+
+async def test_an_engine_that_hangs_is_given_up(core: Core, engine: Any) -> None:
+    engine._timeout_s = 0.5
+    core.silent.add("keep")
+    begin = time.monotonic()
+    with pytest.raises(Unavailable) as error:
+        await engine.pause("client")
+    assert error.value.reason is Reason.ENGINE_DEAD
+    assert time.monotonic() - begin < 3
+    assert engine.dead
+    with pytest.raises(Unavailable):
+        await engine.resume("client")
+
+
+async def test_rollouts_that_are_waited_for_may_take_longer(core: Core, engine: Any) -> None:
+    engine._timeout_s = 0.25
+    core.silent.add("wait")
+    pausing = asyncio.ensure_future(engine.pause("client", "wait"))
+    await asyncio.sleep(0.6)
+    assert not engine.dead
+    core.silent.clear()
+    await pausing
+    assert engine.paused
+
+
+async def test_who_else_holds_generation_keeps_it_over_a_sleep(core: Core, engine: Any) -> None:
+    """vLLM's own wake-up lets the scheduler go on, whoever stopped it."""
+    called: list[str] = []
+
+    async def collective_rpc(method: str, **_: Any) -> list[None]:
+        called.append(method)
+        return [None]
+
+    engine.llm.collective_rpc = collective_rpc
+    engine.llm.vllm_config = SimpleNamespace(model_config=SimpleNamespace(enable_sleep_mode=True))
+    await engine.sleep()
+    await engine.sleep()
+    assert (called, engine.asleep, core.told) == (["sleep"], True, ["wait", "paused"])
+    await engine.pause("update")
+    await engine.wake_up()
+    assert (called, engine.asleep) == (["sleep", "wake_up"], False)
+    assert "resume" not in core.told
+    await engine.resume("update")
+    assert core.told[-1] == "resume"
+    await engine.pause("update")
+    with pytest.raises(Aborted):
+        await engine.sleep()
