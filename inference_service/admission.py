@@ -30,16 +30,20 @@ class Room:
         """Rollouts and sequences that wait or run."""
         return sum(place.left for place in self._calls)
 
+    def check(self, count: int, field: str) -> None:
+        """Refuse more than there ever is room for. Raises InvalidArgument, naming `field`."""
+        if count > self._limit:
+            raise invalid(field, f"{count} at once, the service's max_rollouts is {self._limit}")
+
     @contextmanager
     def take(self, count: int, field: str) -> Iterator[Place]:
         """Have room for `count` until the call ends; what it takes off its place's `left` is free before.
 
         Raises:
-            InvalidArgument: `field` asks for more than there ever is.
+            InvalidArgument: as `check`.
             ResourceExhausted: QUEUE_FULL, other calls have the room.
         """
-        if count > self._limit:
-            raise invalid(field, f"{count} at once, the service's max_rollouts is {self._limit}")
+        self.check(count, field)
         if (taken := self.taken) + count > self._limit:
             raise ResourceExhausted(
                 Reason.QUEUE_FULL,

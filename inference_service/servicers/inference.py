@@ -64,6 +64,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
         if not request.prompts:
             raise invalid("prompts", "at least one is required")
+        self._room.check(len(request.prompts), "prompts")  # they need none, but take their time
         engine = self._host.policy.engine
         ids = await prompts.token_ids(engine, request.prompts, templates=self._templates)
         return pb.TokenizeResponse(prompts=[pb.TokenIds(ids=one) for one in ids])

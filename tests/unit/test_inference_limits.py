@@ -90,6 +90,15 @@ async def test_a_call_larger_than_the_service_is_refused_before_anything_is_made
     assert held.made == 0
 
 
+async def test_more_prompts_to_tokenize_than_ever_run_are_refused(servicer: InferenceServicer) -> None:
+    asked = pb.TokenizeRequest(prompts=[pb.Prompt(token_ids=pb.TokenIds(ids=[5]))] * 11)
+    with pytest.raises(InvalidArgument, match="max_rollouts is 10") as raised:
+        await servicer.Tokenize(asked, None)
+    assert [found.field for found in raised.value.violations] == ["prompts"]
+    del asked.prompts[0]
+    assert len((await servicer.Tokenize(asked, None)).prompts) == 10
+
+
 async def test_what_fits_with_nothing_else_is_told_when_to_come_back(
     servicer: InferenceServicer, held: Held
 ) -> None:
