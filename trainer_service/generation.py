@@ -12,7 +12,8 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
-from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
+import torch
+from accelerate.utils import broadcast  # type: ignore[import-untyped]
 
 from tandem.errors import FailedPrecondition, Reason, TandemError, Unavailable, invalid
 from tandem.inference.v1 import inference_pb2 as pb
@@ -76,22 +77,31 @@ class RemoteGeneration(VLLMGeneration):
 
     def sync_weights(self) -> None:
         """Have the engine hold the policy. Every rank returns when it does; all raise where it failed."""
-        outcome: list[Any] = [None]
+        version, failure = 0, ""
         error: BaseException | None = None
         if self.weights is not None:
             try:
                 self.weights.sync()
-                outcome = [(self.weights.weight_version, "")]
+                version = self.weights.weight_version
             except BaseException as raised:  # noqa: BLE001  raised again below, after the others were told
-                error, outcome = raised, [(0, str(raised) or type(raised).__name__)]
-        broadcast_object_list(outcome, from_process=0)
+                error, failure = raised, str(raised) or type(raised).__name__
+        self._version, failure = self._told(version, failure)
         if error is not None:
             raise error
-        self._version, failure = outcome[0]
         if failure:
             raise FailedPrecondition(
                 Reason.TRANSPORT_UNAVAILABLE, f"The main process could not sync: {failure}"
             )
+
+    def _told(self, version: int, failure: str) -> tuple[int, str]:
+        """What the main process says, on every rank. As tensors: accelerate pickles objects."""
+        said, device = failure.encode(), self.accelerator.device
+        head = broadcast(torch.tensor([version, len(said)], dtype=torch.int64, device=device), from_process=0)
+        version, length = head.tolist()
+        text = torch.zeros(length, dtype=torch.uint8, device=device)
+        if length and self.accelerator.is_main_process:
+            text.copy_(torch.frombuffer(bytearray(said), dtype=torch.uint8))
+        return version, bytes(broadcast(text, from_process=0).tolist()).decode() if length else ""
 
     def generate(
         self,
@@ -185,7 +195,24 @@ class RemoteGeneration(VLLMGeneration):
             self.weights.sync()
             self._version = self.weights.weight_version
         else:
-            self.client.wait_until_serving(self.server_timeout)
+            self._wait_for_version()
+
+    def _wait_for_version(self) -> None:
+        """Wait until the engine has the version that was synced last: the main process gives it to one that came
+        back."""
+        deadline = time.monotonic() + self.server_timeout
+        while True:
+            left = max(deadline - time.monotonic(), 0.0)
+            version = self.client.wait_until_serving(left).weight_version
+            if version >= self._version:  # beyond it, waiting does not help, and the rollouts will tell
+                return
+            if not left:
+                raise FailedPrecondition(
+                    Reason.BASE_VERSION_MISMATCH,
+                    f"The engine has weight version {version}, and after {self.server_timeout:.0f} s the main "
+                    f"process has not given it {self._version} again, which was synced last.",
+                )
+            time.sleep(0.2)
 
     def _values(self) -> dict[str, Any]:
         """Sampling parameters by vLLM's names. `generation_kwargs` win, as in TRL."""

@@ -27,10 +27,12 @@ class Service:
         self.calls: list[tuple[list[Group], pb.SamplingParams, bool]] = []
         self.errors: list[Exception] = []
         self.waited = 0
+        self.versions = [3]  # of the engine, one after the other; the last one stays
 
     def wait_until_serving(self, timeout_s: float) -> pb.GetModelResponse:
         self.waited += 1
-        return pb.GetModelResponse(max_model_len=64, logprobs_mode="raw_logprobs")
+        version = self.versions.pop(0) if len(self.versions) > 1 else self.versions[0]
+        return pb.GetModelResponse(max_model_len=64, logprobs_mode="raw_logprobs", weight_version=version)
 
     def generate(
         self, groups: list[Group], sampling: pb.SamplingParams, logprobs: bool
@@ -172,6 +174,22 @@ def test_rollouts_of_another_version_are_never_returned() -> None:
     mixed.version_spans.add(weight_version=3, num_tokens=1)
     with pytest.raises(FailedPrecondition, match=r"versions \[2, 3\], not of 3"):
         generation(Service(lambda group: [mixed]), Weights()).generate([[1]], None, 1)
+
+
+def test_a_rank_without_weights_waits_until_the_engine_has_the_synced_version_again() -> None:
+    service = Service(lambda group: [rollout([1], service.versions[0])])
+    made = generation(service)
+    made._version = 3
+    service.versions = [1]
+    service.errors = [Unavailable(Reason.UNREACHABLE, "gone")]
+    service.versions = [1, 1, 3]
+    assert made.generate([[1]], None, 1)[1] == [[1]]
+    assert len(service.calls) == 2, "it did not ask an engine that has other weights"
+
+    service.versions = [1]
+    made.server_timeout = 0.3
+    with pytest.raises(FailedPrecondition, match="has not given it 3 again"):
+        made.generate([[1]], None, 1)
 
 
 def test_aborted_rollouts_are_sampled_again() -> None:
