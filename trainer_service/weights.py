@@ -12,19 +12,15 @@ from __future__ import annotations
 
 import atexit
 import logging
-import sys
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 from torch import nn
-from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from tandem.engine.v1.engine_pb2 import ServingState
 from tandem.errors import Aborted, DeadlineExceeded, FailedPrecondition, Reason, TandemError
@@ -32,6 +28,7 @@ from trainer_service.client import READY, InferenceClient, is_gone
 from trainer_service.lease import Lease
 from trainer_service.policy_tensors import policy_tensors
 from trainer_service.session import Session
+from trainer_service.steps import Steps
 from weight_transfer.transports import SourceTensor
 
 logger = logging.getLogger(__name__)
@@ -63,7 +60,7 @@ class PolicyWeights:
         client: InferenceClient,
         model: Callable[[], nn.Module],
         *,
-        transport: str | None = None,
+        transport: str | Sequence[str] | None = None,
         timeout_s: float = 240.0,
     ) -> None:
         """Prepare; nothing is called before `open` or the first `sync`.
@@ -71,26 +68,26 @@ class PolicyWeights:
         Args:
             client: the service.
             model: gives the policy. Asked at each update, since trainers wrap and replace their model.
-            transport: shared or stream, or None to let the service choose.
+            transport: shared or stream; several, of which the first that can be had is taken; or None to let the
+                service choose.
             timeout_s: how many seconds to wait for an engine that went away to come back.
         """
         self.history: deque[UpdateStats] = deque(maxlen=1000)
         self.committed = 0  # updates, in all sessions
         self._client = client
         self._model = model
-        self._transport = transport
+        self._transports = [transport] if transport is None or isinstance(transport, str) else transport
         self._timeout_s = timeout_s
         self._session: Session | None = None
         self._lease: Lease | None = None
         self._depth = 0
-        self._stepping: FrameType | None = None  # the optimizer's step that holds the lease
         self._dirty = True  # the engine may hold something else than the trainer
         self._number = 0  # of the update that began last
         self._asked = 0  # a commit of this number was asked for, and not answered
         self._held: int | None = None  # digest of what was committed last, where it is known
         self._as_committed = False  # no lease was given since to whom might have written
         self._spent = 0.0
-        self._hooks: list[Any] = []
+        self._steps: Steps | None = None
         self._finalizer: weakref.finalize[[], PolicyWeights] | None = None
         atexit.register(_at_exit, weakref.ref(self))
 
@@ -117,7 +114,12 @@ class PolicyWeights:
     @property
     def aliased(self) -> bool:
         """Whether parameters of the model are the engine's memory."""
-        return self._session is not None and bool(self._session.transport.aliased)
+        return bool(self.parameters)
+
+    @property
+    def parameters(self) -> dict[int, nn.Parameter]:
+        """The parameters of the model that are the engine's memory, by `id`."""
+        return self._session.transport.aliased if self._session else {}
 
     def open(self) -> None:
         """Open a session with the engine, if there is none. Nothing moves yet.
@@ -127,14 +129,22 @@ class PolicyWeights:
         """
         if self._session is not None:
             return
-        self._session = _patiently(
-            lambda: Session(self._client, self._policy, transport=self._transport, timeout_s=30.0)
-        )
+        self._session = _patiently(self._open)
         self._dirty = True
         # Parameters must not stay engine memory once nobody is left to take the lease for them.
         self._finalizer = weakref.finalize(self, self._session.transport.close)
         self._finalizer.atexit = False
-        self._hook_optimizers()
+        self._steps = self._steps or Steps(self)
+
+    def _open(self) -> Session:
+        *others, last = self._transports
+        for transport in others:
+            try:
+                return Session(self._client, self._policy, transport=transport, timeout_s=30.0)
+            except FailedPrecondition as error:
+                if error.reason != Reason.TRANSPORT_UNAVAILABLE:
+                    raise
+        return Session(self._client, self._policy, transport=last, timeout_s=30.0)
 
     def sync(self) -> None:
         """Have the engine hold the policy as it is now. Returns when that is committed.
@@ -157,27 +167,28 @@ class PolicyWeights:
 
         When the body raises, the engine serves nothing until the next `sync`.
         """
-        self._enter()
+        self.enter()
         try:
             yield
         except BaseException as error:
             self.abandon(f"the trainer raised {type(error).__name__}")
             raise
-        self._leave()
+        self.leave()
 
     def abandon(self, reason: str) -> None:
         """Give up an update that is open, because the code that was writing has failed."""
         lease, self._lease, self._depth, self._dirty = self._lease, None, 0, True
-        self._stepping = None
+        if self._steps is not None:
+            self._steps.forget()
         if lease is not None:
             lease.abort(reason, untouched=False)
 
     def detach(self) -> None:
         """End the session. The parameters get memory of their own, with the same values."""
         self._end_session("the trainer detached")
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        if self._steps is not None:
+            self._steps.remove()
+            self._steps = None
 
     def _end_session(self, reason: str) -> None:
         self.abandon(reason)
@@ -298,7 +309,8 @@ class PolicyWeights:
         ):
             session.weight_version, self._asked = self._asked, 0
 
-    def _enter(self) -> None:
+    def enter(self) -> None:
+        """Take the lease, unless it is held. Each `enter` needs its `leave`."""
         if self._depth == 0 and self.aliased:
             started = time.perf_counter()
             self._insist(self._take)
@@ -316,7 +328,8 @@ class PolicyWeights:
             self._refuse(lease)
         self._lease, self._as_committed = lease, False
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
+        """Commit what was written since the outermost `enter`."""
         self._depth -= 1
         lease, session = self._lease, self._session
         if self._depth or lease is None or session is None:
@@ -332,34 +345,6 @@ class PolicyWeights:
             self._recover(error, time.monotonic() + self._timeout_s)
             self.sync()
 
-    def _hook_optimizers(self) -> None:
-        if self._hooks:
-            return
-        # Global hooks, since trainers and accelerate create, wrap and replace optimizers as they like.
-        me = weakref.ref(self)
-
-        def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            if (weights := me()) is not None and weights._writes(optimizer):
-                if weights._stepping and not _running(weights._stepping):
-                    weights.abandon("the optimizer's last step raised")
-                if not weights._stepping:  # else a step that calls the step of its base class
-                    weights._enter()
-                    weights._stepping = sys._getframe(1)
-
-        def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            if (weights := me()) is not None and weights._stepping is sys._getframe(1):
-                weights._stepping = None
-                weights._leave()
-
-        self._hooks = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
-
-    def _writes(self, optimizer: Optimizer) -> bool:
-        """Whether the optimizer has parameters that are engine memory."""
-        aliased = self._session.transport.aliased if self._session else {}
-        return bool(aliased) and any(
-            id(parameter) in aliased for group in optimizer.param_groups for parameter in group["params"]
-        )
-
 
 def _patiently(call: Callable[[], T]) -> T:
     """Call, and again for a while where another trainer has the lease: it may be our own last life."""
@@ -371,14 +356,6 @@ def _patiently(call: Callable[[], T]) -> T:
             if error.reason != Reason.LEASE_HELD or time.monotonic() > deadline:
                 raise
             time.sleep(0.1)
-
-
-def _running(frame: FrameType) -> bool:
-    """Whether we were called, at whatever depth, from `frame`."""
-    caller: FrameType | None = sys._getframe(1)
-    while caller is not None and caller is not frame:
-        caller = caller.f_back
-    return caller is frame
 
 
 def _retryable(error: TandemError) -> bool:

@@ -165,6 +165,17 @@ def test_the_vespo_check_that_the_flip_skips_is_still_trls_own() -> None:
     assert '["token_truncate", "token_mask"]' in source
 
 
+def test_vllm_mode_matters_to_trl_in_the_tool_loop_and_where_it_starts_an_engine() -> None:
+    for theirs in (_trl.TrlGRPOTrainer, _trl.TrlRLOOTrainer):
+        readers = {
+            name
+            for name, function in vars(theirs).items()
+            if inspect.isfunction(function) and "self.vllm_mode" in inspect.getsource(function)
+        }
+        assert readers <= {"__init__", "_tool_call_loop"}
+    assert 'self.vllm_mode == "colocate"' in inspect.getsource(_trl.TrlGRPOTrainer._tool_call_loop)
+
+
 def test_optimizer_hooks() -> None:
     assert callable(optimizer.register_optimizer_step_pre_hook)
     assert callable(optimizer.register_optimizer_step_post_hook)

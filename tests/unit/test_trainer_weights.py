@@ -6,7 +6,7 @@ import gc
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -23,6 +23,7 @@ from trainer_service.lease import Lease
 from trainer_service.session import Session
 from trainer_service.weights import PolicyWeights
 from weight_transfer.digest import combine, digest_tensors
+from weight_transfer.identity import ProcessIdentity
 
 LEASE_S = 0.6
 #: Aliased, written, streamed.
@@ -80,7 +81,9 @@ def policy(service: WeightService, engine: Engine) -> Iterator[Policy]:
     client = InferenceClient(service.address)
     made: list[PolicyWeights] = []
 
-    def make(model: nn.Module, transport: str = "shared", timeout_s: float = 10.0) -> PolicyWeights:
+    def make(
+        model: nn.Module, transport: str | Sequence[str] = "shared", timeout_s: float = 10.0
+    ) -> PolicyWeights:
         made.append(PolicyWeights(client, lambda: model, transport=transport, timeout_s=timeout_s))
         return made[-1]
 
@@ -514,6 +517,18 @@ def test_weights_that_somebody_else_made_are_an_error(engine: Engine, policy: Po
     with pytest.raises(FailedPrecondition) as raised:
         weights.sync()
     assert raised.value.reason == Reason.BASE_VERSION_MISMATCH
+
+
+def test_the_first_transport_that_can_be_had_is_taken(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = policy(network(), ("shared", "stream")), policy(network(), ("shared", "stream"))
+    first.open()
+    assert first.transport == "shared"
+    first.detach()
+    monkeypatch.setattr(ProcessIdentity, "current", lambda gpus: ProcessIdentity("another host", 1, 1, 1))
+    second.open()
+    assert second.transport == "stream"
 
 
 def test_a_second_trainer_is_told_that_the_first_has_the_engine(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from tandem.errors import invalid
 from trainer_service._trl import GRPOConfig, TrlGRPOTrainer, get_config_model_id
-from trainer_service.trainers.mixin import RemoteMixin
+from trainer_service.trainers.mixin import RemoteMixin, replaced
 
 if TYPE_CHECKING:
     from datasets import (  # type: ignore[import-untyped]
@@ -111,6 +111,11 @@ class GRPOTrainer(RemoteMixin, TrlGRPOTrainer):
                     "Start it with processed_logprobs, or set vllm_importance_sampling_correction=False.",
                     mode,
                 )
+
+    def _tool_call_loop(self, *args: Any, **kwargs: Any) -> Any:
+        # TRL asks a colocated engine, and only that, for its true length limit. Ours always tells it.
+        with replaced(self, {"vllm_mode": "colocate"}):
+            return cast(Any, super())._tool_call_loop(*args, **kwargs)
 
 
 def _check_vespo(args: GRPOConfig) -> None:

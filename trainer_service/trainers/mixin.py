@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -21,8 +21,8 @@ else:
 ADDRESS_VARIABLE = "TANDEM_INFERENCE_ADDRESS"
 TRL_SERIES = "1.16."
 
-#: The transport of each vllm_mode: "colocate" shares memory, "server" may be anywhere.
-TRANSPORTS = {"colocate": "shared", "server": "stream"}
+#: The transports of each vllm_mode, the fastest first: "colocate" shares memory, "server" may be anywhere.
+TRANSPORTS = {"colocate": ("shared",), "server": ("stream",)}
 
 
 class RemoteMixin(_Trainer):
@@ -64,7 +64,7 @@ class RemoteMixin(_Trainer):
         client = InferenceClient(_address(address), token=token, **_tls())
         try:
             client.wait_until_serving(args.vllm_server_timeout)  # before a model is loaded
-            with _replaced(args, self._off):
+            with replaced(args, self._off):
                 init()
             self._attach(client, args, TRANSPORTS[mode])
         except BaseException:
@@ -72,10 +72,12 @@ class RemoteMixin(_Trainer):
             raise
         self._check_contract()
 
-    def _attach(self, client: InferenceClient, args: Any, transport: str) -> None:
+    def _attach(self, client: InferenceClient, args: Any, transports: Sequence[str]) -> None:
         main = self.accelerator.is_main_process
         self.policy_weights = (
-            PolicyWeights(client, lambda: self.model, transport=transport, timeout_s=args.vllm_server_timeout)
+            PolicyWeights(
+                client, lambda: self.model, transport=transports, timeout_s=args.vllm_server_timeout
+            )
             if main
             else None
         )
@@ -101,8 +103,6 @@ class RemoteMixin(_Trainer):
             generation_kwargs=args.generation_kwargs,
         )
         self.use_vllm = True
-        # TRL's tool loop asks a colocated engine, and only that, for its true length limit.
-        self.vllm_mode = "colocate"
         self._last_loaded_step = -1
 
     def _check_contract(self) -> None:
@@ -179,7 +179,8 @@ def _tls() -> dict[str, Any]:
 
 
 @contextmanager
-def _replaced(target: Any, values: dict[str, Any]) -> Iterator[None]:
+def replaced(target: Any, values: dict[str, Any]) -> Iterator[None]:
+    """Give `target` other attributes for a while."""
     saved = {name: getattr(target, name) for name in values if hasattr(target, name)}
     try:
         for name in saved:
