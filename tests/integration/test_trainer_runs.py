@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import TrainerCallback
 from tandem.errors import InvalidArgument, Reason
 from tandem.weights.v1 import weights_pb2 as pb
 from tests import models
+from tests.integration.test_architectures import logprobs
 from tests.services import Service, inference_service
 from tests.trainers import (
     arguments,
@@ -91,12 +93,42 @@ def test_a_run_keeps_the_engine_at_the_trainers_bits(
     if transport == "aliased":
         assert logged(trainer, "tandem/bytes_moved")[1:] == [0] * 4
     if kind == "grpo":
-        # The engine's logprobs of its rollouts are those of the policy, before the first update and after the
-        # fifth.
+        # The engine's logprobs of its rollouts are those of the policy, before each of the five updates.
         assert all(value < 0.05 for value in logged(trainer, "sampling/sampling_logp_difference/mean"))
         assert len(logged(trainer, "sampling/sampling_logp_difference/mean")) == 5
+    assert_logprobs_agree(trainer, checkpoints["llama"])  # after the fifth
     trainer.close()
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+@torch.no_grad()
+def assert_logprobs_agree(trainer: Any, checkpoint: Path) -> None:
+    """The engine's logprobs, of rollouts and of scores, are the model's within what bfloat16 costs: they are no
+    further from it in bfloat16 and in float32 than these are from each other. The factors are those of
+    test_architectures."""
+    dice = random.Random(0)
+    prompts = [[dice.randrange(3, 259) for _ in range(n)] for n in (1, 2, 3, 5, 8, 13, 40, 100, 150, 200)]
+    generation = trainer.vllm_generation
+    generation.generation_kwargs = {"ignore_eos": True, "seed": 3, "max_tokens": 48, "logprobs": 0}
+    _, completions, sampled, _ = generation.generate(prompts, None, 1)
+    sequences = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+    scores = generation.client.score(sequences)
+    coarse, fine = (model_of(checkpoint, dtype).eval() for dtype in (torch.bfloat16, torch.float32))
+    coarse.load_state_dict(trainer.model.state_dict())
+    fine.load_state_dict(coarse.state_dict())  # the engine's weights, which are rounded
+    own, scored, noise = [], [], []
+    for prompt, sequence, rollout, score in zip(prompts, sequences, sampled, scores, strict=True):
+        expected = [logprobs(m, sequence, 1) for m in (coarse, fine)]
+        begin = len(prompt) - 1
+        own.append(torch.stack([torch.tensor(rollout)[:, 0] - e[begin:] for e in expected]))
+        scored.append(torch.stack([torch.tensor(list(score.logprobs)) - e for e in expected]))
+        noise.append(expected[0] - expected[1])
+    cost = torch.cat(noise)
+    assert 0.001 < cost.abs().mean() < 0.1
+    for apart in (torch.cat(own, -1), torch.cat(scored, -1)):
+        assert apart.abs().mean(-1).max() < 1.3 * cost.abs().mean()
+        assert apart.abs().max() < 2 * cost.abs().max()
+        assert apart.mean(-1).abs().max() < 0.3 * cost.abs().mean()
 
 
 def test_a_session_ends_with_the_trainer_and_the_model_lives_on(
