@@ -8,8 +8,9 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -140,11 +141,9 @@ RANK = """
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["colocate", "server"])
-def test_two_ranks_train_and_call_as_they_like(
-    service: Service, checkpoints: dict[str, Path], tmp_path: Path, mode: str
-) -> None:
+@contextmanager
+def two_ranks(script: str, *arguments: object) -> Iterator[list[subprocess.Popen[str]]]:
+    """Processes of `script` that make a group of two."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -156,15 +155,7 @@ def test_two_ranks_train_and_call_as_they_like(
     }
     ranks = [
         subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                textwrap.dedent(RANK),
-                service.address,
-                str(checkpoints["llama"]),
-                str(tmp_path),
-                mode,
-            ],
+            [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
             env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -173,14 +164,78 @@ def test_two_ranks_train_and_call_as_they_like(
         for rank in range(2)
     ]
     try:
-        outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+        yield ranks
     finally:
         for rank in ranks:
             rank.kill()
             rank.wait()
+
+
+def assert_same_version_at_the_end(ranks: list[subprocess.Popen[str]]) -> None:
+    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], "\n\n".join(output[-3000:] for output in outputs)
     versions = {line for output in outputs for line in output.splitlines() if line.startswith("VERSION")}
     assert len(versions) == 1, "all ranks know the version that was synced"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_two_ranks_train_and_call_as_they_like(
+    service: Service, checkpoints: dict[str, Path], tmp_path: Path, mode: str
+) -> None:
+    with two_ranks(RANK, service.address, checkpoints["llama"], tmp_path, mode) as ranks:
+        assert_same_version_at_the_end(ranks)
+
+
+RANK_THAT_WAITS = """
+    import sys, time
+    import torch
+    from pathlib import Path
+    from types import SimpleNamespace
+    from tests.trainers import make, model_of
+
+    address, checkpoint, folder, mode = sys.argv[1:]
+    trainer = make("grpo", SimpleNamespace(address=address), model_of(Path(checkpoint), torch.bfloat16),
+                   Path(folder), vllm_mode=mode, max_steps=4, per_device_train_batch_size=4,
+                   ddp_backend="gloo", ddp_find_unused_parameters=False, vllm_server_timeout=90)
+    client, rank = trainer.vllm_generation.client, trainer.accelerator.process_index
+    generate, calls = client.generate, []
+
+    def wait(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            Path(folder, f"generates{rank}").touch()
+            while not Path(folder, "killed").exists():
+                time.sleep(0.02)
+        return generate(*args, **kwargs)
+
+    client.generate = wait
+    trainer.train()
+    assert trainer.state.global_step == 4
+    trainer.vllm_generation.sync_weights()
+    print("VERSION", trainer.vllm_generation._version)
+    trainer.close()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_two_ranks_go_on_after_kill_9_of_the_service_while_they_generate(
+    checkpoints: dict[str, Path], socket_folder: Path, tmp_path: Path, mode: str
+) -> None:
+    with ExitStack() as lives:
+        first = lives.enter_context(inference_service(checkpoints["llama"], socket_folder))
+        with two_ranks(RANK_THAT_WAITS, first.address, checkpoints["llama"], tmp_path, mode) as ranks:
+            end = time.monotonic() + 90
+            while not all((tmp_path / f"generates{rank}").exists() for rank in range(2)):
+                assert time.monotonic() < end
+                assert all(rank.poll() is None for rank in ranks)
+                time.sleep(0.05)
+            first.process.kill()
+            first.process.wait()
+            lives.enter_context(inference_service(checkpoints["llama"], socket_folder, wait=False))
+            (tmp_path / "killed").touch()
+            assert_same_version_at_the_end(ranks)
 
 
 def test_a_failed_sync_is_an_error_on_every_rank(
