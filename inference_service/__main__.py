@@ -12,7 +12,7 @@ import pydantic
 import structlog
 
 from inference_service.config import InferenceSettings
-from tandem.cli import explain
+from tandem.cli import explain, run
 from tandem.errors import InvalidArgument, Reason, Violation
 
 
@@ -73,6 +73,4 @@ def set_up_logging(*, json: bool) -> None:
 
 
 if __name__ == "__main__":
-    from tandem.cli import main as tandem
-
-    sys.exit(tandem(["inference", *sys.argv[1:]]))
+    sys.exit(run("inference", lambda: main, sys.argv[1:]))

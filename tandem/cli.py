@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import sys
 import traceback
+from collections.abc import Callable
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
 
 from tandem.errors import InvalidArgument, TandemError, Unavailable
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         near = difflib.get_close_matches(name, commands, n=1)
         hint = f"; did you mean {near[0]}?" if near else "; tandem --help lists the commands"
         return _fail(f"there is no command {name}{hint}", 2)
-    return _run(commands[name], rest)
+    return run(name, commands[name].load, rest)
 
 
 def explain(error: Exception, command: str) -> int:
@@ -74,16 +75,21 @@ def explain(error: Exception, command: str) -> int:
     return _fail(f"{type(error).__name__}: {lines[0]}{' ...' if lines[1:] else ''} (--debug shows all)", 1)
 
 
-def _run(command: EntryPoint, arguments: list[str]) -> int:
+def run(name: str, load: Callable[[], Callable[[list[str]], int | None]], arguments: list[str]) -> int:
+    """Load a command and call it, for modules that are run by themselves: they need not be installed.
+
+    Returns:
+        The exit code.
+    """
     try:
-        return int(command.load()(arguments) or 0)
+        return int(load()(arguments) or 0)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output, such as head, has left
         sys.stdout = None  # or the interpreter flushes it at exit and fails again
         return 1
     except Exception as error:  # noqa: BLE001  # of whatever the command runs
-        return explain(error, command.name)
+        return explain(error, name)
 
 
 def _commands() -> dict[str, EntryPoint]:

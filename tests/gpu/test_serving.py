@@ -1,4 +1,4 @@
-"""The inference service on a CUDA device: it serves; its weights are not in arenas yet, and it says so."""
+"""The inference service on a CUDA device."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tandem.engine.v1 import engine_pb2
-from tandem.errors import Reason, TandemError
+from tandem.errors import TandemError
 from tandem.inference.v1 import inference_pb2 as pb
 from tandem.rpc import translate
-from tandem.weights.v1 import weights_pb2
 from tests import models
 from tests.services import Service, inference_service
 
@@ -99,15 +98,6 @@ def test_what_arrives_while_paused_waits(service: Service) -> None:
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     service.engine.Resume(engine_pb2.ResumeRequest(), timeout=30)
     assert len(list(service.inference.Generate(request, timeout=30))) >= 1
-
-
-def test_weights_are_refused_with_the_reason(service: Service) -> None:
-    boot = weights_pb2.ProcessIdentity(boot_id="here")
-    opened = _refused(service.weights.OpenSession, weights_pb2.OpenSessionRequest(identity=boot))
-    restored = _refused(service.weights.RestoreCheckpoint, weights_pb2.RestoreCheckpointRequest())
-    assert opened.reason == restored.reason == Reason.TRANSPORT_UNAVAILABLE
-    assert "not in shareable memory" in opened.message
-    assert service.health() == "SERVING"
 
 
 def test_a_killed_engine_is_noticed(service: Service) -> None:

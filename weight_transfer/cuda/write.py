@@ -35,7 +35,7 @@ def write(items: Sequence[Item], arenas: Sequence[Arena]) -> list[int]:
         rows = [_piece(block, tensor, dtypes, arenas[block.arena].address) for block in blocks]
         if None in rows:
             odd.append(i)
-        else:
+        elif rows:
             pieces.setdefault(dtypes, []).extend([*row, i] for row in rows if row is not None)
     for dtypes, rows_of in pieces.items():
         _launch(dtypes, rows_of, totals)

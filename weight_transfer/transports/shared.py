@@ -39,6 +39,7 @@ class SharedTransport(WeightTransport):
         self._connection = connection
         self._aliased: dict[int, torch.nn.Parameter] = {}
         self._watch = Watch()
+        self._unwatched = False  # parameters were aliased since it was started
 
     @classmethod
     def connect(cls, handshake: Handshake, timeout_s: float) -> SharedTransport:
@@ -67,7 +68,11 @@ class SharedTransport(WeightTransport):
         return all(self._in_place(source) for source in policy)
 
     def mark(self) -> None:
-        self._watch.start(p for p in self._aliased.values() if self._is_ours(p))
+        if self._unwatched:
+            self._watch.start(p for p in self._aliased.values() if self._is_ours(p))
+            self._unwatched = False
+        else:  # a quarter of the time
+            self._watch.renew()
 
     def disturbed(self) -> bool:
         return self._watch.changed()
@@ -135,6 +140,7 @@ class SharedTransport(WeightTransport):
         if source.parameter is not None and not place.alias_reason(source.spec.dtype):
             source.parameter.data = place.view(self._arenas)
             self._aliased[id(source.parameter)] = source.parameter
+            self._unwatched = True
 
     def _is_ours(self, parameter: torch.nn.Parameter) -> bool:
         address = parameter.data_ptr()

@@ -25,6 +25,10 @@ class Watch:
     def start(self, tensors: Iterable[torch.Tensor]) -> None:
         """Watch these contiguous tensors, all on one device, from now on."""
         self._samples = [_middle(tensor.detach()) for tensor in tensors]
+        self.renew()
+
+    def renew(self) -> None:
+        """Watch the same tensors, as they are now."""
         self._digests = digests.digest_tensors(self._samples)
 
     def changed(self) -> bool:
