@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tandem import rpc
+from tandem.engine.v1 import engine_pb2
 from tandem.engine.v1.engine_pb2 import ServingState
+from tandem.engine.v1.engine_pb2_grpc import EngineServiceStub
 from tandem.errors import DeadlineExceeded, Internal, Reason, TandemError, Unavailable
 from tandem.inference.v1 import inference_pb2 as pb
 from tandem.inference.v1.inference_pb2_grpc import InferenceServiceStub
@@ -16,6 +18,8 @@ from tandem.weights.v1.weights_pb2_grpc import WeightServiceStub
 from trainer_service.sampling import sampling_params
 
 READY = (ServingState.SERVING_STATE_SERVING, ServingState.SERVING_STATE_PAUSED)
+#: States of an engine that lives and whose weights are whole.
+AWAKE_OR_ASLEEP = (*READY, ServingState.SERVING_STATE_ASLEEP)
 
 
 class Group(NamedTuple):
@@ -55,6 +59,7 @@ class InferenceClient:
         self._max_request_bytes = max_request_bytes
         self._channel = rpc.connect(address, token=token, **channel)
         self._inference = InferenceServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._engine = EngineServiceStub(self._channel)  # type: ignore[no-untyped-call]
         #: The weight plane's calls, for `trainer_service.session`.
         self.weights = WeightServiceStub(self._channel)  # type: ignore[no-untyped-call]
 
@@ -171,6 +176,20 @@ class InferenceClient:
         if len(scores) != len(sequences):
             raise Internal(Reason.BUG, f"The service scored {len(scores)} of {len(sequences)} sequences.")
         return [scores[index] for index in range(len(sequences))]
+
+    def sleep(self, timeout_s: float | None = None) -> None:
+        """Have the engine free its KV cache, once what runs has ended. The weights stay, and take updates.
+
+        Raises:
+            FailedPrecondition: SLEEP_MODE_OFF, the engine was started without enable_sleep_mode.
+        """
+        with rpc.translated():
+            self._engine.Sleep(engine_pb2.SleepRequest(), timeout=timeout_s or self._timeout_s)
+
+    def wake_up(self, timeout_s: float | None = None) -> None:
+        """Have the engine rebuild what `sleep` freed. Nothing happens where it is awake."""
+        with rpc.translated():
+            self._engine.WakeUp(engine_pb2.WakeUpRequest(), timeout=timeout_s or self._timeout_s)
 
     def close(self) -> None:
         """Close the channel. Calls that run are cancelled."""

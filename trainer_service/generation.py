@@ -18,7 +18,7 @@ from accelerate.utils import broadcast  # type: ignore[import-untyped]
 from tandem.errors import FailedPrecondition, Reason, TandemError, Unavailable, invalid
 from tandem.inference.v1 import inference_pb2 as pb
 from trainer_service._trl import VLLMGeneration
-from trainer_service.client import Group, InferenceClient, is_gone
+from trainer_service.client import AWAKE_OR_ASLEEP, Group, InferenceClient, is_gone
 from trainer_service.sampling import sampling_params
 from trainer_service.weights import ATTEMPTS, PolicyWeights
 
@@ -54,16 +54,15 @@ class RemoteGeneration(VLLMGeneration):
         super().__init__(*args, **kwargs)
 
     def _init_vllm(self) -> None:
+        if self.enable_sleep_mode:  # a trainer before us may have left it asleep
+            self.client.wait_until_serving(self.server_timeout, accept=AWAKE_OR_ASLEEP)
+            self.client.wake_up()
         info = self.client.wait_until_serving(self.server_timeout)
         wanted = self.max_model_length
         if wanted is not None and wanted > info.max_model_len:
             raise invalid(
                 "vllm_max_model_length",
                 f"{wanted} is more than the service's max_model_len, {info.max_model_len}",
-            )
-        if self.enable_sleep_mode:
-            logger.warning(
-                "vllm_enable_sleep_mode has no effect: the service decides when its engine sleeps."
             )
         if self.structured_outputs_regex is not None and self.generation_kwargs.get("structured_outputs"):
             logger.warning("structured_outputs_regex takes precedence over generation_kwargs.")
@@ -103,6 +102,11 @@ class RemoteGeneration(VLLMGeneration):
             text.copy_(torch.frombuffer(bytearray(said), dtype=torch.uint8))
         return version, bytes(broadcast(text, from_process=0).tolist()).decode() if length else ""
 
+    def rest(self) -> None:
+        """Have the engine sleep, if it shall between batches. For when no rank generates any more."""
+        if self.enable_sleep_mode and self.accelerator.is_main_process:
+            self.client.sleep()
+
     def generate(
         self,
         prompts: list[list[int]],
@@ -131,6 +135,8 @@ class RemoteGeneration(VLLMGeneration):
             Group(prompts[members[0]], len(members), key[1]) for key, members in zip(keys, rows, strict=True)
         ]
         with profiler or nullcontext():
+            if self.enable_sleep_mode:
+                self.client.wake_up()
             rollouts = self._generate(groups)
         done: list[pb.Rollout | None] = [None] * len(prompts)
         for members, group in zip(rows, rollouts, strict=True):

@@ -24,7 +24,7 @@ from torch import nn
 
 from tandem.engine.v1.engine_pb2 import ServingState
 from tandem.errors import Aborted, DeadlineExceeded, FailedPrecondition, Reason, TandemError
-from trainer_service.client import READY, InferenceClient, is_gone
+from trainer_service.client import AWAKE_OR_ASLEEP, InferenceClient, is_gone
 from trainer_service.lease import Lease
 from trainer_service.policy_tensors import policy_tensors
 from trainer_service.session import Session
@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: States in which the engine takes an update. A torn one is healed by it.
-WRITABLE = (*READY, ServingState.SERVING_STATE_TORN)
+#: States in which the engine takes an update: a sleeping one too, and a torn one is healed by it.
+WRITABLE = (*AWAKE_OR_ASLEEP, ServingState.SERVING_STATE_TORN)
 #: How long a session or lease of a trainer that just died, perhaps ourselves, may still seem to be held.
 HELD_S = 5.0
 ATTEMPTS = 3

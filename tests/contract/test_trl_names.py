@@ -92,6 +92,9 @@ def test_what_ours_uses_of_trl_trainers(ours: type, theirs: type) -> None:
     turn = attributes(theirs._generate_single_turn)
     for name in ("use_vllm", "_last_loaded_step", "state.global_step", "vllm_generation.generate"):
         assert name in turn, name
+    score = attributes(theirs._generate_and_score_completions)
+    assert {"_generate", "_calculate_rewards"} <= score  # of which the second gathers over ranks
+    assert "= gather(rewards_per_func)" in inspect.getsource(theirs._calculate_rewards)
     assert parameters(theirs.log)["logs"][0] == inspect.Parameter.POSITIONAL_OR_KEYWORD
     for name in ("train", "_load_from_checkpoint", "_load_best_model", "log"):
         assert inspect.isfunction(getattr(Trainer, name)), name

@@ -44,7 +44,9 @@ def test_two_mappings_are_one_memory() -> None:
 
 
 def test_a_tensor_keeps_the_memory_that_its_arena_made() -> None:
-    Arena.create("test", MIB, "cuda").tensor(0, (4,), torch.float32).fill_(7).eq(7).all().item()  # loads the kernels
+    Arena.create("test", MIB, "cuda").tensor(0, (4,), torch.float32).fill_(7).eq(
+        7
+    ).all().item()  # loads the kernels
     gc.collect()
     torch.cuda.empty_cache()
     before = free()

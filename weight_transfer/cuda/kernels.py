@@ -32,7 +32,9 @@ def launch(function: Any, blocks: int, device: torch.device, *arguments: torch.T
 
     values = [np.uint64(a.data_ptr()) if isinstance(a, torch.Tensor) else np.int32(a) for a in arguments]
     ours = torch.cuda.current_stream(device)
-    adopt = getattr(cupy.cuda.Stream, "from_external", None)  # CuPy 14's; before there was ExternalStream alone
+    adopt = getattr(
+        cupy.cuda.Stream, "from_external", None
+    )  # CuPy 14's; before there was ExternalStream alone
     stream = adopt(ours) if adopt is not None else cupy.cuda.ExternalStream(ours.cuda_stream, device.index)
     with cupy.cuda.Device(device.index), stream:
         function((blocks,), (THREADS,), tuple(values))
