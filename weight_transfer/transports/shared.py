@@ -36,6 +36,12 @@ class SharedTransport(WeightTransport):
         self._manifest = manifest
         self._placements = {p.spec.name: p for p in placements}
         self._arenas = list(arenas)
+        #: Address of each tensor that lies in one piece. Looked at in every update: making views would take as long.
+        self._addresses = {
+            p.spec.name: self._arenas[p.blocks[0].arena].address + p.blocks[0].arena_offset
+            for p in placements
+            if not p.alias_reason(p.spec.dtype)
+        }
         self._connection = connection
         self._aliased: dict[int, torch.nn.Parameter] = {}
         self._watch = Watch()
@@ -91,9 +97,7 @@ class SharedTransport(WeightTransport):
             whole = [source for source in moving if source.parameter is not None]
             self._write(whole, parts)
             for source in moving:
-                if (
-                    source.parameter is None
-                ):  # one by one, so that no more fresh memory is held than a tensor's
+                if source.parameter is None:  # one by one: no more fresh memory is held than a tensor's
                     self._write([source], parts)
         for source in moving:
             self._alias(source)
@@ -129,16 +133,17 @@ class SharedTransport(WeightTransport):
         since."""
         if source.parameter is None or id(source.parameter) not in self._aliased:
             return False
-        place = self._placements[source.name]
-        return (
-            not place.alias_reason(source.spec.dtype)
-            and source.parameter.data_ptr() == place.view(self._arenas).data_ptr()
-        )
+        if not self._may_alias(source):
+            return False
+        return source.parameter.data_ptr() == self._addresses[source.name] or not source.spec.numel
+
+    def _may_alias(self, source: SourceTensor) -> bool:
+        same_dtype = source.spec.dtype == self._placements[source.name].spec.dtype
+        return same_dtype and source.name in self._addresses
 
     def _alias(self, source: SourceTensor) -> None:
-        place = self._placements[source.name]
-        if source.parameter is not None and not place.alias_reason(source.spec.dtype):
-            source.parameter.data = place.view(self._arenas)
+        if source.parameter is not None and self._may_alias(source):
+            source.parameter.data = self._placements[source.name].view(self._arenas)
             self._aliased[id(source.parameter)] = source.parameter
             self._unwatched = True
 

@@ -1,0 +1,213 @@
+"""Updates of an engine on the trainer's own GPU: aliased and written, beside what the device can copy.
+
+    python -m benchmarks.colocate --sizes 0.6B 4B 8B --out FILE
+
+Needs one CUDA device and vLLM. Qwen3's shapes in bf16, random weights. A sync is what the trainer waits for:
+taking the lease, the (empty) write, commit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from benchmarks.measure import percentiles, provenance
+from tests.models import tokenizer
+from tests.services import Service, inference_service
+from trainer_service.client import InferenceClient
+from trainer_service.policy_tensors import policy_tensors
+from trainer_service.weights import PolicyWeights
+from weight_transfer.arena import Arena
+from weight_transfer.digest import combine, digest_tensors
+from weight_transfer.manifest import Manifest, TensorSpec
+from weight_transfer.placement import Block, Placement, contiguous_strides
+from weight_transfer.write import write
+
+WARM_UPS, ROUNDS = 3, 20
+SIZES = {  # hidden, layers, heads, intermediate, tied
+    "0.6B": (1024, 28, 16, 3072, True),
+    "4B": (2560, 36, 32, 9728, True),
+    "8B": (4096, 36, 32, 12288, False),
+}
+
+
+def main() -> None:
+    """Measure each size, and write what was found."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.colocate")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--eager", action="store_true", help="without torch.compile and CUDA graphs")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/colocate.json"))
+    options = parser.parse_args()
+    found: dict[str, Any] = {
+        "provenance": provenance(),
+        "gpu": torch.cuda.get_device_name(),
+        "eager": options.eager,
+    }
+    for size in options.sizes:
+        found[size] = kernels(size)
+        with tempfile.TemporaryDirectory(prefix="tdm") as folder:
+            found[size] |= syncs(make(size, Path(folder, "model")), Path(folder), eager=options.eager)
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(found, indent=2) + "\n")  # what there is, if a later size fails
+        print(size, json.dumps(found[size]), flush=True)
+
+
+def config(size: str) -> Qwen3Config:
+    """A published Qwen3's shape."""
+    hidden, layers, heads, intermediate, tied = SIZES[size]
+    return Qwen3Config(
+        vocab_size=151936,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        head_dim=128,
+        intermediate_size=intermediate,
+        tie_word_embeddings=tied,
+        max_position_embeddings=4096,
+        architectures=["Qwen3ForCausalLM"],
+        dtype="bfloat16",
+    )
+
+
+def make(size: str, path: Path) -> Path:
+    """A checkpoint with random weights."""
+    with torch.device("cuda"):
+        model: Any = Qwen3ForCausalLM._from_config(config(size), dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
+    model.save_pretrained(path)
+    tokenizer().save_pretrained(path)
+    del model
+    torch.cuda.empty_cache()
+    return path
+
+
+def kernels(size: str) -> dict[str, Any]:
+    """Writing fp32 tensors into a bf16 arena, beside torch's batched copy of the same, and a copy of as many bytes."""
+    with torch.device("meta"):
+        model: Any = Qwen3ForCausalLM(config(size))  # type: ignore[no-untyped-call]
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    manifest = Manifest(tuple(TensorSpec(name, "bfloat16", shape) for name, shape in shapes.items()))
+    arena = Arena.create("benchmark", manifest.offsets[-1], "cuda")
+    items = []
+    for spec, offset in zip(manifest, manifest.offsets, strict=False):
+        strides = contiguous_strides(spec.shape)
+        block = Block(0, offset, strides, 0, strides, spec.shape)
+        items.append((Placement(spec, (block,)), torch.randn(spec.shape, device="cuda")))
+    places, values = [place.view([arena]) for place, _ in items], [value for _, value in items]
+    found: dict[str, Any] = {"bytes_bf16": manifest.nbytes}
+    found["write_fp32"] = timed(lambda: write(items, [arena]), 3 * manifest.nbytes)
+    found["foreach_copy_fp32"] = timed(lambda: torch._foreach_copy_(places, values), 3 * manifest.nbytes)
+    found["digest_bf16"] = timed(lambda: digest_tensors(places), manifest.nbytes)
+    source, target = values[0].view(-1), torch.empty_like(values[0].view(-1))
+    found["device_copy"] = timed(lambda: target.copy_(source), 2 * source.nbytes)
+    return found
+
+
+def timed(call: Callable[[], Any], nbytes: int) -> dict[str, float]:
+    """Milliseconds of a call, until the device is done, and GB/s of the bytes that it reads and writes."""
+    took = []
+    for i in range(WARM_UPS + ROUNDS):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        if i >= WARM_UPS:
+            took.append((time.perf_counter() - begin) * 1e3)
+    found = percentiles(took)
+    return found | {"gb_s": nbytes / found["p50"] / 1e6}
+
+
+def syncs(model: Path, folder: Path, *, eager: bool) -> dict[str, Any]:
+    """Aliased and written syncs with an engine of this model."""
+    engine = {
+        "kv_cache_memory_bytes": 4 << 30,
+        "max_model_len": 2048,
+        "max_num_seqs": 256,
+        "enforce_eager": eager,
+    }
+    before = used()
+    with inference_service(
+        model, folder, wait=False, environment={"TORCHDYNAMO_DISABLE": "0"}, **engine
+    ) as service:
+        begin = time.perf_counter()
+        service.wait_until("SERVING", 500)
+        found: dict[str, Any] = {"start_s": time.perf_counter() - begin, "engine_bytes": used() - before}
+        with closing(InferenceClient(service.address)) as client:
+            with trainer(client, model, torch.bfloat16) as (policy, weights):
+                weights.sync()
+                torch.cuda.empty_cache()
+                found["transport"], found["aliased"] = weights.transport, weights.aliased
+                found["engine_and_trainer_bytes"] = used() - before
+                found["trainer_torch_bytes"] = torch.cuda.memory_allocated()
+                found["sync_aliased"] = rounds(weights, alias=True)
+                found["bit_equal"] = digest_of(policy, service) == served_digest(service)
+            with trainer(client, model, torch.float32) as (policy, weights):
+                found["sync_written_fp32"] = rounds(weights, alias=False)
+                found["bit_equal"] &= digest_of(policy, service) == served_digest(service)
+    return found
+
+
+def used() -> int:
+    """Bytes of the device that are in use, by whomever."""
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+@contextmanager
+def trainer(client: InferenceClient, path: Path, dtype: torch.dtype) -> Iterator[tuple[Any, PolicyWeights]]:
+    """A policy on the device, and its way to the engine."""
+    policy: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    policy.to("cuda")
+    weights = PolicyWeights(client, lambda: policy)
+    try:
+        yield policy, weights
+    finally:
+        weights.detach()
+        torch.cuda.empty_cache()
+
+
+def rounds(weights: PolicyWeights, *, alias: bool) -> dict[str, float]:
+    """Milliseconds of one update each, and how long generation was stopped."""
+    for _ in range(WARM_UPS + ROUNDS):
+        if alias:
+            with weights.update():
+                pass
+        else:
+            weights.sync()
+    last = list(weights.history)[-ROUNDS:]
+    moved = {update.nbytes for update in last}
+    stopped = percentiles([update.stopped * 1e3 for update in last])
+    return percentiles([update.seconds * 1e3 for update in last]) | {
+        "stopped_p50": stopped["p50"],
+        "bytes": max(moved),
+    }
+
+
+def digest_of(policy: Any, service: Service) -> int:
+    """Digest of the policy's tensors, in bf16."""
+    from tandem.weights.v1.weights_pb2 import GetManifestRequest
+
+    names = [t.name for t in service.weights.GetManifest(GetManifestRequest(), timeout=60).manifest.tensors]
+    held = {source.name: source.read() for source in policy_tensors(policy, names)}
+    return combine([digest_tensors([held[name].bfloat16()])[0] for name in names])
+
+
+def served_digest(service: Service) -> int:
+    """Digest of the engine's weights."""
+    from tandem.weights.v1.weights_pb2 import GetWeightVersionRequest
+
+    request = GetWeightVersionRequest(include_digest=True)
+    return int(service.weights.GetWeightVersion(request, timeout=120).digest)
+
+
+if __name__ == "__main__":
+    main()
