@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from inference_service.staging import Staging
+from tandem.errors import DataLoss, Reason
 from weight_transfer.arena import Arena
-from weight_transfer.digest import combine, digest_tensors
+from weight_transfer.digest import combine, digest_tensor, digest_tensors
 from weight_transfer.manifest import Manifest
 from weight_transfer.placement import Placement
 from weight_transfer.write import copy
@@ -93,8 +94,22 @@ class HostArenas(EngineArenas):
         return [Handle(arena.fd, arena.size, rank=rank) for arena, rank in pairs]
 
     def digest(self) -> int:
-        """What `find_digest` finds."""
-        return combine(digest_tensors([p.gather(self.arenas) for p in self.placements]))
+        """What `find_digest` finds.
+
+        Raises:
+            DataLoss: DIGEST_MISMATCH, ranks that hold the same part of a tensor hold different values.
+        """
+        return combine(digest_tensors([self._gathered(p) for p in self.placements]))
+
+    def _gathered(self, placement: Placement) -> torch.Tensor:
+        tensor = placement.gather(self.arenas)
+        if sum(block.numel for block in placement.blocks) > placement.spec.numel:
+            for part, place in placement.pairs(self.arenas, tensor):
+                if digest_tensor(part) != digest_tensor(place):
+                    raise DataLoss(
+                        Reason.DIGEST_MISMATCH, f"the ranks hold different values of {placement.spec.name}"
+                    )
+        return tensor
 
     def write(self, tensors: Sequence[torch.Tensor]) -> None:
         """Scatter `tensors`, in the manifest's order, dtypes and shapes, into the engine's memory."""

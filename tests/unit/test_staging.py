@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from inference_service.arenas import HostArenas
 from inference_service.staging import Staging
-from tandem.errors import FailedPrecondition, InvalidArgument, Reason
+from tandem.errors import DataLoss, FailedPrecondition, InvalidArgument, Reason
 from weight_transfer.arena import Arena
 from weight_transfer.digest import combine, digest_tensors
 from weight_transfer.manifest import Manifest, TensorSpec
@@ -82,6 +82,18 @@ def test_what_was_staged_reaches_its_own_place() -> None:
     arenas.write(staging.complete())
     assert all(torch.equal(p.gather(arenas.arenas), v) for p, v in zip(placements, values(), strict=False))
     assert arenas.digest() == staging.digest()
+
+
+def test_ranks_that_differ_have_no_digest() -> None:
+    spec = SPECS[0]
+    strides = contiguous_strides(spec.shape)
+    blocks = tuple(Block(rank, 0, strides, 0, strides, spec.shape) for rank in range(2))
+    arenas = HostArenas([Arena.create(f"rank{rank}", 256) for rank in range(2)], [Placement(spec, blocks)])
+    arenas.write(values()[:1])
+    assert arenas.digest() == combine(digest_tensors(values()[:1]))
+    arenas.arenas[0].tensor(0, (1,), torch.uint8).add_(1)
+    with pytest.raises(DataLoss, match=f"different values of {spec.name}"):
+        arenas.digest()
 
 
 @pytest.mark.parametrize(

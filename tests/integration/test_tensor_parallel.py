@@ -1,0 +1,66 @@
+"""An engine of two ranks, each with an arena of its own: one policy, written whole."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tandem.weights.v1 import weights_pb2
+from tests.integration.calls import ids, one
+from tests.services import Service, inference_service
+from trainer_service.client import InferenceClient
+from trainer_service.weights import PolicyWeights
+from weight_transfer.digest import combine, digest_tensor
+
+PROMPT = [5, 80, 7, 200, 31]
+
+
+@pytest.fixture(scope="module")
+def service(checkpoints: dict[str, Path]) -> Iterator[Service]:
+    with tempfile.TemporaryDirectory(prefix="tdm") as folder:
+        engine = {"tensor_parallel_size": 2, "distributed_executor_backend": '"mp"'}
+        with inference_service(checkpoints["qwen3"], Path(folder), wait=False, **engine) as service:
+            service.wait_until("SERVING", 240)
+            yield service
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", ["shared", "stream"])
+def test_an_update_reaches_every_rank(service: Service, checkpoints: dict[str, Path], transport: str) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoints["qwen3"], dtype=torch.bfloat16)
+    with closing(InferenceClient(service.address)) as client:
+        weights = PolicyWeights(client, lambda: model, transport=transport)
+        for seed in range(2):
+            torch.manual_seed(seed)
+            with torch.no_grad(), weights.update():
+                for parameter in model.parameters():
+                    parameter.add_(torch.randn_like(parameter) * 0.02)
+            weights.sync()
+            assert served_digest(service) == digest_of(model, service)
+            rollout = one(
+                service, ids(PROMPT), sampling={"temperature": 0, "max_tokens": 16, "ignore_eos": True}
+            )
+            tokens = torch.tensor([PROMPT + list(rollout.token_ids)])
+            with torch.no_grad():
+                logprobs = model(tokens).logits[0].float().log_softmax(-1)
+            mine = [logprobs[i - 1, tokens[0, i]].item() for i in range(len(PROMPT), tokens.shape[1])]
+            assert mine == pytest.approx(list(rollout.logprobs), abs=0.3)  # bf16, and sums in two halves
+        weights.detach()
+
+
+def served_digest(service: Service) -> int:
+    request = weights_pb2.GetWeightVersionRequest(include_digest=True)
+    return int(service.weights.GetWeightVersion(request, timeout=60).digest)
+
+
+def digest_of(model: Any, service: Service) -> int:
+    manifest = service.weights.GetManifest(weights_pb2.GetManifestRequest(), timeout=60).manifest
+    held = dict(model.named_parameters(remove_duplicate=False))
+    return combine([digest_tensor(held[tensor.name]) for tensor in manifest.tensors])
