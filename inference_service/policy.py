@@ -120,9 +120,6 @@ class Policy:
             InvalidArgument: `new_version`. Aborted: LEASE_HELD. FailedPrecondition: BASE_VERSION_MISMATCH.
             Unavailable: ENGINE_DEAD.
         """
-        number = base_version + 1 if new_version is None else new_version
-        if not base_version < number < 2**63:
-            raise invalid("begin.new_version", f"must be above the base version {base_version}, got {number}")
         if self._update is not None:
             raise Aborted(Reason.LEASE_HELD, "another update is under way")
         if self._stray is not None and self._stray is not writer and self._stray.alive:
@@ -136,6 +133,9 @@ class Policy:
                 f"the update builds on version {base_version}, but version {self.version} is committed",
                 metadata={"base_version": str(base_version), "weight_version": str(self.version)},
             )
+        number = base_version + 1 if new_version is None else new_version
+        if not base_version < number < 2**63:
+            raise invalid("begin.new_version", f"must be above the base version {base_version}, got {number}")
         self.require_life()
         update = self._update = Update(self, number, in_place=in_place, in_flight=in_flight, writer=writer)
         if in_place:
