@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from inference_service.arenas import HostArenas
 from inference_service.policy import FIRST_VERSION, Policy, Update, WeightState
 from inference_service.rollouts import Track
-from tandem.errors import Aborted, FailedPrecondition, Reason, TandemError, Unavailable
+from tandem.errors import Aborted, FailedPrecondition, InvalidArgument, Reason, TandemError, Unavailable
 from weight_transfer.arena import Arena
 from weight_transfer.digest import combine, digest_tensors
 from weight_transfer.manifest import TensorSpec
@@ -867,3 +867,22 @@ async def test_updates_and_failures_are_counted() -> None:
     await update.lose("")
     await aborted(m)
     assert (m.policy.committed, m.policy.failed) == (2, 2)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+async def test_an_update_may_number_its_version(in_place: bool) -> None:
+    """As a run's trainer does with an engine that was started again."""
+    m = Machine()
+    values = m.values(7)
+    update = await m.begin(in_place=in_place, new_version=7)
+    if in_place:
+        for place, value in zip(m.tensors, values, strict=True):
+            place.copy_(value)
+    else:
+        for i, value in enumerate(values):
+            update.chunk(i, 0, value.numpy().tobytes())
+    assert await update.commit(combine(digest_tensors(values))) == m.policy.version == 7
+    for wrong in (7, 0, 2**63):
+        with pytest.raises(InvalidArgument, match=r"begin\.new_version: must be above the base version 7"):
+            await m.begin(in_place, new_version=wrong)
+    assert not m.held
