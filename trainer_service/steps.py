@@ -21,7 +21,7 @@ class Updates(Protocol):
 
     def enter(self) -> None: ...
 
-    def leave(self) -> None: ...
+    def leave(self, *, same_parameters: bool = False) -> None: ...
 
     def abandon(self, reason: str) -> None: ...
 
@@ -59,7 +59,7 @@ class Steps:
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if (updates := self._updates()) is not None and self._step is sys._getframe(1):
             self._step = None
-            updates.leave()
+            updates.leave(same_parameters=True)
 
 
 def _writes(optimizer: Optimizer, parameters: dict[int, Parameter]) -> bool:

@@ -328,15 +328,21 @@ class PolicyWeights:
             self._refuse(lease)
         self._lease, self._as_committed = lease, False
 
-    def leave(self) -> None:
-        """Commit what was written since the outermost `enter`."""
+    def leave(self, *, same_parameters: bool = False) -> None:
+        """Commit what was written since the outermost `enter`.
+
+        same_parameters: whether the model has the parameters that it had at the last `sync`, so that they need not be
+            listed anew while the engine waits. An optimizer's step replaces none.
+        """
         self._depth -= 1
         lease, session = self._lease, self._session
         if self._depth or lease is None or session is None:
             return
         self._lease = None
+        stands = same_parameters and not self._dirty and session.transport.stands()
+        policy = [] if stands else self._policy(session.names)
         try:
-            self._move(lease, self._policy(session.names), time.perf_counter() - self._spent, wrote=True)
+            self._move(lease, policy, time.perf_counter() - self._spent, wrote=True)
         except TandemError as error:
             if not _retryable(error):
                 raise

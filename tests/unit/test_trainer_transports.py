@@ -317,3 +317,20 @@ def test_fresh_tensors_are_held_one_at_a_time(transport: str) -> None:
 def test_stream_needs_room_for_a_byte() -> None:
     with pytest.raises(ValueError, match="max_chunk_bytes"):
         StreamTransport(MANIFEST, 0)
+
+
+@pytest.mark.parametrize("fragmented", [(), ("b.weight",)])
+def test_what_stands_is_told_from_addresses(fragmented: tuple[str, ...]) -> None:
+    transport, _, _ = shared(fragmented)
+    policy, parameters = sources()
+    assert not transport.stands()
+    for _ in range(2):
+        transport.move(policy, no_chunk)
+        assert transport.stands() is not bool(fragmented), "one that lies in pieces is written each time"
+        assert transport.move([], no_chunk).nbytes == 0
+        assert transport.stands() is not bool(fragmented)
+        aliased = next(p for p in parameters.values() if id(p) in transport.aliased)
+        aliased.data = aliased.data.clone()
+        assert not transport.stands()
+    transport.close()
+    assert not transport.stands()

@@ -104,6 +104,13 @@ class WeightTransport(ABC):
             parts[index] = digests.digest_tensor(source.read().detach().to(dtype))
         return digests.combine(parts)
 
+    def stands(self) -> bool:
+        """Whether the last `move` left every tensor in the engine's memory, and they still are there.
+
+        Quicker to tell than `settled`, which looks at the policy as it is now.
+        """
+        return False
+
     @abstractmethod
     def move(
         self, policy: Sequence[SourceTensor], send: Callable[[Chunk], None], *, digest: bool = False
