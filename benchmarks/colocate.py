@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -139,8 +140,10 @@ def syncs(model: Path, folder: Path, *, eager: bool) -> dict[str, Any]:
         model, folder, wait=False, environment={"TORCHDYNAMO_DISABLE": "0"}, **engine
     ) as service:
         begin = time.perf_counter()
-        service.wait_until("SERVING", 500)
+        with peak() as seen:
+            service.wait_until("SERVING", 500)
         found: dict[str, Any] = {"start_s": time.perf_counter() - begin, "engine_bytes": used() - before}
+        found["start_peak_bytes"] = seen[0] - before  # two copies of the weights at any moment would show
         with closing(InferenceClient(service.address)) as client:
             with trainer(client, model, torch.bfloat16) as (policy, weights):
                 weights.sync()
@@ -160,6 +163,24 @@ def used() -> int:
     """Bytes of the device that are in use, by whomever."""
     free, total = torch.cuda.mem_get_info()
     return total - free
+
+
+@contextmanager
+def peak() -> Iterator[list[int]]:
+    """The most bytes of the device that were in use, looked at every few milliseconds."""
+    seen, over = [used()], threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.005):
+            seen[0] = max(seen[0], used())
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        over.set()
+        thread.join()
 
 
 @contextmanager
