@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -41,6 +42,25 @@ def test_ten_lines_work(llama: Service, checkpoints: dict[str, Path], tmp_path: 
     assert after.weight_version == before + 4
     assert after.state == weights_pb2.WEIGHT_STATE_COMMITTED
     llama.weights.RestoreCheckpoint(weights_pb2.RestoreCheckpointRequest(), timeout=30)
+
+
+def test_its_numbers_were_measured() -> None:
+    readme = (ROOT / "README.md").read_text()
+    said = re.search(
+        r"takes ([\d.]+) ms \(median of (\d+);.*?moves (\d+) bytes.*?from ([\d.]+) to ([\d.]+), in (\d+) s",
+        readme,
+        re.DOTALL,
+    )
+    assert said is not None
+    run = json.loads((ROOT / "benchmarks/results/demo.json").read_text())["runs"][0]
+    assert said.groups() == (
+        f"{run['sync_ms_p50']:.1f}",
+        str(run["steps"]),
+        str(run["bytes_moved_per_sync"]),
+        f"{run['reward_before']:.2f}",
+        f"{run['reward_after']:.2f}",
+        f"{run['seconds']:.0f}",
+    )
 
 
 def _version(service: Service) -> weights_pb2.GetWeightVersionResponse:
