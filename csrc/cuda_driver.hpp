@@ -38,16 +38,10 @@ struct AccessDesc {
 };
 static_assert(sizeof(AccessDesc) == 12);
 
-struct IpcMemHandle {
-    char reserved[64];
-};
-
-constexpr int kPinned = 1;               // CU_MEM_ALLOCATION_TYPE_PINNED
-constexpr int kOnDevice = 1;             // CU_MEM_LOCATION_TYPE_DEVICE
-constexpr int kPosixDescriptor = 1;      // CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
-constexpr int kReadWrite = 3;            // CU_MEM_ACCESS_FLAGS_PROT_READWRITE
-constexpr int kLegacyIpcCapable = 10;    // CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE
-constexpr unsigned kLazyPeerAccess = 1;  // CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
+constexpr int kPinned = 1;           // CU_MEM_ALLOCATION_TYPE_PINNED
+constexpr int kOnDevice = 1;         // CU_MEM_LOCATION_TYPE_DEVICE
+constexpr int kPosixDescriptor = 1;  // CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+constexpr int kReadWrite = 3;        // CU_MEM_ACCESS_FLAGS_PROT_READWRITE
 
 struct Driver {
     Result (*init)(unsigned);
@@ -68,11 +62,6 @@ struct Driver {
     Result (*set_access)(Address, std::size_t, const AccessDesc*, std::size_t);
     Result (*export_handle)(void*, Handle, int, unsigned long long);
     Result (*import_handle)(Handle*, void*, int);
-    Result (*address_range)(Address*, std::size_t*, Address);
-    Result (*pointer_attribute)(void*, int, Address);
-    Result (*ipc_get)(IpcMemHandle*, Address);
-    Result (*ipc_open)(Address*, IpcMemHandle, unsigned);
-    Result (*ipc_close)(Address);
 
     // The driver of this host, initialized. Throws std::runtime_error where there is none.
     static const Driver& get();

@@ -12,9 +12,10 @@ import torch
 from inference_service.staging import Staging
 from tandem.errors import DataLoss, Reason
 from weight_transfer.arena import Arena
-from weight_transfer.digest import combine, digest_tensor, digest_tensors
+from weight_transfer.digest import combine
 from weight_transfer.manifest import Manifest
 from weight_transfer.placement import Placement
+from weight_transfer.reading import digests
 from weight_transfer.write import copy
 
 
@@ -99,17 +100,10 @@ class HostArenas(EngineArenas):
         Raises:
             DataLoss: DIGEST_MISMATCH, ranks that hold the same part of a tensor hold different values.
         """
-        return combine(digest_tensors([self._gathered(p) for p in self.placements]))
-
-    def _gathered(self, placement: Placement) -> torch.Tensor:
-        tensor = placement.gather(self.arenas)
-        if sum(block.numel for block in placement.blocks) > placement.spec.numel:
-            for part, place in placement.pairs(self.arenas, tensor):
-                if digest_tensor(part) != digest_tensor(place):
-                    raise DataLoss(
-                        Reason.DIGEST_MISMATCH, f"the ranks hold different values of {placement.spec.name}"
-                    )
-        return tensor
+        try:
+            return combine(digests(self.placements, self.arenas))
+        except ValueError as error:
+            raise DataLoss(Reason.DIGEST_MISMATCH, str(error)) from error
 
     def write(self, tensors: Sequence[torch.Tensor]) -> None:
         """Scatter `tensors`, in the manifest's order, dtypes and shapes, into the engine's memory."""

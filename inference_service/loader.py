@@ -25,7 +25,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from inference_service.placer import Placer
 from inference_service.recorder import Recorder
 from weight_transfer.arena import Arena, align
-from weight_transfer.cuda.devices import uuid_of
+from weight_transfer.cuda.devices import require_kernels, uuid_of
 from weight_transfer.digest import digest_tensor
 from weight_transfer.manifest import TensorSpec
 from weight_transfer.placement import Block, Placement
@@ -147,6 +147,11 @@ class ArenaLoader(DefaultModelLoader):
 def _why_not(device: torch.device, vllm_config: VllmConfig) -> str:
     if device.type not in ("cpu", "cuda"):
         return f"the engine's weights are on {device.type}, whose memory is not shared"
+    if device.type == "cuda":
+        try:
+            require_kernels()
+        except ImportError as error:
+            return str(error)
     if device.type == "cuda" and vllm_config.parallel_config.world_size > 1:
         return "the engine's weights are split over several GPUs, which are not shared yet"
     if vllm_config.model_config.quantization is not None:

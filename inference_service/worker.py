@@ -14,8 +14,9 @@ import torch
 from inference_service import loader, orphans, passing
 from inference_service.staging import tensors_in
 from weight_transfer.arena import Arena
-from weight_transfer.digest import combine, digest_tensors
+from weight_transfer.digest import combine
 from weight_transfer.manifest import Manifest
+from weight_transfer.reading import digests
 from weight_transfer.write import copy
 
 orphans.end_with_service()
@@ -68,7 +69,7 @@ class TandemWorker:
     def tandem_digest(self) -> int:
         """Digest of the whole policy, in the order of its tensors' names."""
         held: loader.HeldWeights = self._tandem_model().tandem
-        return combine(digest_tensors([p.gather(held.arenas) for p in held.placements]))
+        return combine(digests(held.placements, held.arenas))
 
     def tandem_write(self, path: str, size: int) -> None:
         """Write what the service staged in the memory whose descriptor it offers at `path`."""

@@ -18,8 +18,8 @@ from tandem.weights.v1.weights_pb2_grpc import WeightServiceStub
 from trainer_service.sampling import sampling_params
 
 READY = (ServingState.SERVING_STATE_SERVING, ServingState.SERVING_STATE_PAUSED)
-#: States of an engine that lives and whose weights are whole.
-AWAKE_OR_ASLEEP = (*READY, ServingState.SERVING_STATE_ASLEEP)
+#: States in which the engine takes an update: a sleeping one too, and a torn one is healed by it.
+WRITABLE = (*READY, ServingState.SERVING_STATE_ASLEEP, ServingState.SERVING_STATE_TORN)
 
 
 class Group(NamedTuple):

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast  # type: ignore[import-untyped]
 
+from tandem.engine.v1.engine_pb2 import ServingState
 from tandem.errors import FailedPrecondition, Reason, TandemError, Unavailable, invalid
 from tandem.inference.v1 import inference_pb2 as pb
 from trainer_service._trl import VLLMGeneration
-from trainer_service.client import AWAKE_OR_ASLEEP, Group, InferenceClient, is_gone
+from trainer_service.client import WRITABLE, Group, InferenceClient, is_gone
 from trainer_service.sampling import sampling_params
 from trainer_service.weights import ATTEMPTS, PolicyWeights
 
@@ -54,10 +55,10 @@ class RemoteGeneration(VLLMGeneration):
         super().__init__(*args, **kwargs)
 
     def _init_vllm(self) -> None:
-        if self.enable_sleep_mode:  # a trainer before us may have left it asleep
-            self.client.wait_until_serving(self.server_timeout, accept=AWAKE_OR_ASLEEP)
+        # A trainer that died may have left it torn, which the first sync heals, or asleep.
+        info = self.client.wait_until_serving(self.server_timeout, accept=WRITABLE)
+        if info.state == ServingState.SERVING_STATE_ASLEEP:
             self.client.wake_up()
-        info = self.client.wait_until_serving(self.server_timeout)
         wanted = self.max_model_length
         if wanted is not None and wanted > info.max_model_len:
             raise invalid(

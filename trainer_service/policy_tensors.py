@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -39,7 +40,7 @@ def policy_tensors(model: nn.Module, wanted: Collection[str] = ()) -> list[Sourc
         first = identity not in seen
         if first or name in wanted:
             # A tensor can be a view of one place only: a tied duplicate is written.
-            found[name] = source if first else SourceTensor(source.spec, source.read)
+            found[name] = source if first else replace(source, parameter=None)
             seen.add(identity)
     for name, buffer in _base(model).named_buffers():
         name = _clean(name)
@@ -150,7 +151,7 @@ def _source(
         # One that became engine memory would be trained no more.
         parameter = None
     spec = TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-    return SourceTensor(spec, read or (lambda: tensor.detach()), parameter)
+    return SourceTensor(spec, read or (lambda: tensor.detach()), parameter, str(tensor.device))
 
 
 def _clean(name: str) -> str:

@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import cast
 
+import torch
+
 from tandem import rpc
 from tandem.errors import FailedPrecondition, Internal, Reason
 from tandem.weights.v1 import weights_pb2 as pb
@@ -67,7 +69,7 @@ class Session:
         chosen = pb.Transport.Name(opened.transport).removeprefix("TRANSPORT_").lower()
         try:
             self.transport = open_transport(_handshake(chosen, opened, manifest, policy), timeout_s)
-        except (OSError, RuntimeError, ValueError) as error:
+        except (ImportError, OSError, RuntimeError, ValueError) as error:
             message = f"The {chosen} transport could not be opened: {error}"
             raise FailedPrecondition(Reason.TRANSPORT_UNAVAILABLE, message) from error
         logger.info("weights move by the %s transport%s", chosen, opened.reason and f": {opened.reason}")
@@ -97,8 +99,8 @@ class Session:
 
 
 def _identity(policy: Sequence[SourceTensor]) -> pb.ProcessIdentity:
-    devices = {s.parameter.device for s in policy if s.parameter is not None and s.parameter.is_cuda}
-    mine = ProcessIdentity.current(tuple(uuid_of(device) for device in sorted(devices, key=str)))
+    devices = sorted({source.device for source in policy if source.device.startswith("cuda")})
+    mine = ProcessIdentity.current(tuple(uuid_of(torch.device(device)) for device in devices))
     return pb.ProcessIdentity(
         boot_id=mine.boot_id,
         pid_namespace=mine.pid_namespace,

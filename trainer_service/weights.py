@@ -24,7 +24,7 @@ from torch import nn
 
 from tandem.engine.v1.engine_pb2 import ServingState
 from tandem.errors import Aborted, DeadlineExceeded, FailedPrecondition, Reason, TandemError
-from trainer_service.client import AWAKE_OR_ASLEEP, InferenceClient, is_gone
+from trainer_service.client import WRITABLE, InferenceClient, is_gone
 from trainer_service.lease import Lease
 from trainer_service.policy_tensors import policy_tensors
 from trainer_service.session import Session
@@ -35,8 +35,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: States in which the engine takes an update: a sleeping one too, and a torn one is healed by it.
-WRITABLE = (*AWAKE_OR_ASLEEP, ServingState.SERVING_STATE_TORN)
 #: How long a session or lease of a trainer that just died, perhaps ourselves, may still seem to be held.
 HELD_S = 5.0
 ATTEMPTS = 3
@@ -334,6 +332,8 @@ class PolicyWeights:
         same_parameters: whether the model has the parameters that it had at the last `sync`, so that they need not be
             listed anew while the engine waits. An optimizer's step replaces none.
         """
+        if not self._depth:  # given up meanwhile, with all that was open
+            return
         self._depth -= 1
         lease, session = self._lease, self._session
         if self._depth or lease is None or session is None:

@@ -99,7 +99,8 @@ class Placement:
 
         if not self.alias_reason(self.spec.dtype):
             return self.view(arenas)
-        out = torch.empty(self.spec.shape, dtype=getattr(torch, self.spec.dtype))
+        device = arenas[self.blocks[0].arena].device if self.blocks else None
+        out = torch.empty(self.spec.shape, dtype=getattr(torch, self.spec.dtype), device=device)
         for part, place in self.pairs(arenas, out):
             part.copy_(place)
         return out

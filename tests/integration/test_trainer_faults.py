@@ -19,7 +19,7 @@ import torch
 from transformers import TrainerCallback
 
 from tandem.weights.v1 import weights_pb2 as pb
-from tests.services import Service, inference_service
+from tests.services import ENVIRONMENT, Service, inference_service
 from tests.trainers import assert_same_bits, make, model_of
 
 pytestmark = pytest.mark.filterwarnings("default:::(trl|transformers|accelerate|peft|torch|datasets)")
@@ -72,6 +72,46 @@ def test_training_goes_on_after_kill_9_of_the_service(
         assert_same_bits(services[1], model)
         assert engine_ids == {trainer.policy_weights.engine_id}
         trainer.close()
+
+
+STUCK = """
+import sys, time, torch
+from tests.trainers import arguments, model_of, prompts, reward
+from tests import models
+from trainer_service.trainers import GRPOTrainer
+
+class Stuck(torch.optim.SGD):
+    def step(self, closure=None):
+        self.param_groups[0]["params"][0].data.fill_(float("nan"))
+        print("stuck", flush=True)
+        time.sleep(120)
+
+model = model_of(sys.argv[1], torch.bfloat16)
+trainer = GRPOTrainer(
+    model, reward, arguments("grpo", sys.argv[2]), prompts(), processing_class=models.tokenizer(),
+    inference_address=sys.argv[3], optimizers=(Stuck(model.parameters(), lr=0.1), None),
+)
+trainer.train()
+"""
+
+
+@pytest.mark.slow
+def test_a_trainer_that_is_killed_in_its_step_is_followed_by_another(
+    service: Service, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """It leaves the engine torn, which heals with what the next one brings."""
+    command = [sys.executable, "-c", STUCK, str(checkpoints["llama"]), str(tmp_path / "a"), service.address]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | ENVIRONMENT) as first:
+        assert first.stdout is not None
+        assert any("stuck" in line for line in first.stdout)
+        first.kill()
+    service.wait_until("NOT_SERVING", 10)
+    model = model_of(checkpoints["llama"], torch.bfloat16)
+    trainer = make("grpo", service, model, tmp_path / "b", vllm_server_timeout=20)
+    trainer.train()
+    assert service.health() == "SERVING"
+    assert_same_bits(service, model)
+    trainer.close()
 
 
 def test_a_trainer_that_stalls_in_a_step_loses_its_lease_and_makes_up_for_it(

@@ -29,7 +29,7 @@ class Service:
         self.waited = 0
         self.versions = [3]  # of the engine, one after the other; the last one stays
 
-    def wait_until_serving(self, timeout_s: float) -> pb.GetModelResponse:
+    def wait_until_serving(self, timeout_s: float, **_: object) -> pb.GetModelResponse:
         self.waited += 1
         version = self.versions.pop(0) if len(self.versions) > 1 else self.versions[0]
         return pb.GetModelResponse(max_model_len=64, logprobs_mode="raw_logprobs", weight_version=version)

@@ -257,6 +257,26 @@ def test_a_step_that_raises_tears_the_engine_and_the_next_sync_heals_it(
     assert_same(engine, model)
 
 
+def test_a_step_that_raised_within_an_update_leaves_no_depth_behind(engine: Engine, policy: Policy) -> None:
+    model = network()
+    weights = policy(model)
+    weights.sync()
+
+    def fail() -> None:
+        raise ArithmeticError("overflow")
+
+    optimizer = Sgd(model, fail)
+    with weights.update():
+        with pytest.raises(ArithmeticError):
+            step(model, optimizer)
+        optimizer.during = lambda: None
+        step(model, optimizer)
+    version = engine.version
+    step(model, optimizer)
+    assert engine.version > version, "the lease is taken as ever"
+    assert_same(engine, model)
+
+
 def test_writing_outside_a_step_goes_into_an_update(engine: Engine, policy: Policy) -> None:
     model, other = network(), network()
     weights = policy(model)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from tandem.errors import invalid
-from trainer_service.client import AWAKE_OR_ASLEEP, READY, InferenceClient
+from trainer_service.client import WRITABLE, InferenceClient
 from trainer_service.generation import RemoteGeneration
 from trainer_service.weights import PolicyWeights
 
@@ -64,8 +64,7 @@ class RemoteMixin(_Trainer):
         client = InferenceClient(_address(address), token=token, **_tls())
         try:
             # Before a model is loaded.
-            states = AWAKE_OR_ASLEEP if args.vllm_enable_sleep_mode else READY
-            client.wait_until_serving(args.vllm_server_timeout, accept=states)
+            client.wait_until_serving(args.vllm_server_timeout, accept=WRITABLE)
             with replaced(args, self._off):
                 init()
             self._attach(client, args, TRANSPORTS[mode])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 
 
@@ -20,3 +22,9 @@ def device_of(uuid: str) -> torch.device:
     if uuid not in seen:
         raise ValueError(f"this process does not see {uuid}, only {', '.join(seen) or 'no GPU'}")
     return torch.device("cuda", seen[uuid])
+
+
+def require_kernels() -> None:
+    """Raise ImportError where what compiles the kernels is not installed."""
+    if importlib.util.find_spec("cupy") is None:
+        raise ImportError("weights on a GPU need CuPy, which is not installed: the extra `cuda` brings it")

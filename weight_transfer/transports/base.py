@@ -21,12 +21,14 @@ class SourceTensor:
 
     `read` returns its value now, of the spec's dtype and shape; the result may be fresh memory, and is
     dropped before the next tensor is read. `parameter` is set where the value is a parameter of the model as
-    it stands, which may therefore become a view of the engine's memory.
+    it stands, which may therefore become a view of the engine's memory. `device` is where the policy holds it, as torch
+    names it.
     """
 
     spec: TensorSpec
     read: Callable[[], torch.Tensor]
     parameter: torch.nn.Parameter | None = None
+    device: str = "cpu"
 
     @property
     def name(self) -> str:

@@ -165,6 +165,7 @@ class SharedTransport(WeightTransport):
 def _device(gpu: str) -> torch.device:
     if not gpu:
         return torch.device("cpu")
-    from weight_transfer.cuda.devices import device_of
+    from weight_transfer.cuda.devices import device_of, require_kernels
 
+    require_kernels()  # now, and not when half of an update is written
     return device_of(gpu)
