@@ -71,6 +71,7 @@ class Rollouts:
         self._engine = engine
         self._version = version
         self._running: dict[str, Track] = {}
+        self._failed: TandemError | None = None
 
     @property
     def version(self) -> int:
@@ -89,9 +90,11 @@ class Rollouts:
                 track.marks.pop()
             track.marks.append((tokens, version))
         self._version = version
+        self._failed = None
 
     async def fail(self, error: TandemError) -> None:
-        """End everything that runs with `error`."""
+        """End everything that runs with `error`, and what comes until the next version."""
+        self._failed = error
         for track in self._running.values():
             track.error = error
         await self._engine.llm.abort(list(self._running))
@@ -169,6 +172,8 @@ class Rollouts:
             if request.lora is not None:
                 using.enter_context(self._engine.loras.using(request.lora))
             async with entering:
+                if self._failed is not None:
+                    raise self._failed
                 queue = await self._add(request)
             track.added = True
             if track.error is not None:  # it failed while it was being added, so that nobody could abort it

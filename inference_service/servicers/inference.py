@@ -76,7 +76,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         lora = engine.loras.get(request.lora) if request.lora else None
         seed = request.sampling.seed if request.sampling.HasField("seed") else None
         name = _name(request.request_id)
-        # Before anything is made of them: a small message can ask for millions.
+        # Before anything is made of them: a small message can ask for millions, and be of millions.
+        self._room.check(len(request.prompts), "prompts")
         with self._room.take(prompts.num_rollouts(request.prompts), "prompts") as place:
             requests: list[Request] = []
             places: list[tuple[int, int]] = []
@@ -87,6 +88,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                     own = None if seed is None else (seed + k) % 2**63  # vLLM's are signed
                     requests.append(Request(f"{name}-{k}", prompt, params, index=k, lora=lora, seed=own))
                     places.append((i, j))
+            self._host.generating()  # it may have been torn, or have gone to sleep, since
             async with aclosing(policy.rollouts.run(requests)) as batches:
                 async for batch in batches:
                     place.left -= sum(piece.output.finished for piece in batch)

@@ -14,7 +14,7 @@ import pytest
 
 from inference_service.admission import Room
 from inference_service.rollouts import Request, Rollouts
-from inference_service.servicers import images
+from inference_service.servicers import images, prompts
 from inference_service.servicers.images import decoded
 from inference_service.servicers.inference import _FINISH, InferenceServicer
 from inference_service.servicers.prompts import token_ids, vllm_prompts
@@ -87,6 +87,41 @@ async def test_a_call_larger_than_the_service_is_refused_before_anything_is_made
     with pytest.raises(InvalidArgument, match="max_rollouts is 10") as raised:
         await size(call(servicer))
     assert [found.field for found in raised.value.violations] == [field]
+    assert held.made == 0
+
+
+async def test_prompts_by_the_million_are_counted_before_any_is_looked_at(
+    servicer: InferenceServicer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prompts, "num_rollouts", lambda _: pytest.fail("looked at each"))
+    with pytest.raises(InvalidArgument, match="max_rollouts is 10"):
+        await size(generate(servicer, *[1] * 11))
+
+
+@pytest.mark.parametrize("reason", [Reason.ENGINE_TORN, Reason.ENGINE_ASLEEP])
+async def test_what_was_still_tokenized_when_the_engine_stopped_is_not_added(
+    held: Held, reason: Reason
+) -> None:
+    """It would wait for its deadline: nobody ends what comes after."""
+    stopped: list[Unavailable] = []
+
+    async def encode(text: str) -> list[int]:
+        stopped.append(Unavailable(reason, "stopped"))
+        return [5]
+
+    def generating() -> Any:
+        if stopped:
+            raise stopped[0]
+        return policy
+
+    info = SimpleNamespace(max_model_len=64, vocab_size=64, max_logprobs=20)
+    policy = SimpleNamespace(engine=SimpleNamespace(info=info, encode=encode), rollouts=held)
+    host: Any = SimpleNamespace(generating=generating)
+    with pytest.raises(Unavailable) as raised:
+        await size(
+            InferenceServicer(host, 1 << 20).Generate(pb.GenerateRequest(prompts=[pb.Prompt(text="x")]), None)
+        )
+    assert raised.value.reason is reason
     assert held.made == 0
 
 
@@ -248,6 +283,21 @@ async def test_an_error_that_ends_a_request_is_one_to_try_again_after() -> None:
         with pytest.raises(Unavailable) as raised:
             await anext(stream)
         assert raised.value.reason is Reason.INTERRUPTED
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what vLLM imports
+async def test_what_comes_after_rollouts_failed_fails_too_until_the_next_version() -> None:
+    rollouts, aborted = finishing("stop"), []
+
+    async def abort(ids: Any) -> None:
+        aborted.append(ids)
+
+    rollouts._engine.llm.abort = abort
+    await rollouts.fail(Unavailable(Reason.ENGINE_TORN, "torn"))
+    with pytest.raises(Unavailable, match="torn"):
+        await anext(rollouts.run([Request("a", {}, None)]))
+    rollouts.advance(2)
+    assert [piece async for piece in rollouts.run([Request("a", {}, None)])]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what vLLM imports
