@@ -6,17 +6,17 @@ Supports vLLM 0.26 (GPU hosts) and 0.31 (CPU); where they differ, the code says 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import math
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import structlog
 
 from inference_service.launch import Launched, launch
 from inference_service.loras import Loras, Shapes
-from inference_service.refusals import one_line
+from inference_service.rendering import rendered
 from tandem.errors import Aborted, FailedPrecondition, Reason, Unavailable, invalid
 
 log = structlog.get_logger(__name__)
@@ -29,18 +29,14 @@ _DEATH_S = 0.25  # how soon a control call notices that the engine died
 
 T = TypeVar("T")
 
-#: What a tokenizer's apply_chat_template takes for itself, beside what Tandem sets.
-_RENDER_OPTIONS = frozenset(
-    {"conversation", "tools", "chat_template", "add_generation_prompt", "tokenize", "padding", "truncation"}
-    | {
-        "max_length",
-        "return_tensors",
-        "return_dict",
-        "return_assistant_tokens_mask",
-        "tokenizer_kwargs",
-        "messages",
-    }
-)
+
+@dataclass(eq=False)
+class _Wait:
+    """A pause that lets what runs run to its end."""
+
+    who: str
+    held: bool = False  # by `who`, before
+    drained: asyncio.Future[None] | None = None  # vLLM's answer
 
 
 class Engine:
@@ -54,8 +50,8 @@ class Engine:
 
         Args:
             launched: the engine.
-            timeout_s: seconds after which an engine that answers no control call is taken for dead. Loading weights,
-                and rollouts that are waited for, may take longer.
+            timeout_s: seconds after which an engine that answers no control call is taken for dead. Loading weights
+                may take longer.
         """
         self.llm = launched.llm
         self.info = launched.info
@@ -67,6 +63,9 @@ class Engine:
         self._hangs = False
         self._pausers: set[str] = set()
         self._control = asyncio.Lock()  # one control call at a time: vLLM's are not safe against each other
+        self._wait: _Wait | None = None
+        self._waiting = asyncio.Lock()  # one pause waits for rollouts at a time
+        self._ending: set[asyncio.Task[None]] = set()
         self._tokenizing = ThreadPoolExecutor(1, "tokenizer")  # fast tokenizers aren't safe in two threads
 
     @classmethod
@@ -104,18 +103,22 @@ class Engine:
         `seconds`, the engine's timeout if None, is given up. If the caller is cancelled, `work` is, and may undo what
         it did before the next begins.
         """
-        seconds = self._timeout_s if seconds is None else seconds
-        async with self._control:
+        try:
+            await self._control.acquire()
+        except BaseException:
+            work.close()
+            raise
+        try:
             if self.dead:
                 work.close()
                 raise _dead()
             working = asyncio.ensure_future(work)
             try:
-                await self._until_done(working, seconds)
+                await self._until_done(working, self._timeout_s if seconds is None else seconds)
             finally:
                 if not working.done():
                     working.cancel()
-                    await self._until_done(working, seconds)
+                    await self._until_done(working, self._timeout_s)
             if not working.done():
                 raise _dead()
             try:
@@ -124,11 +127,12 @@ class Engine:
                 if self.dead:
                     raise _dead() from error
                 raise
+        finally:
+            self._control.release()
 
     async def _until_done(self, working: asyncio.Future[Any], seconds: float) -> None:
         # In ticks: a loop that was stalled itself may not blame the engine for the time.
-        ticks = itertools.repeat(None) if seconds == math.inf else range(math.ceil(seconds / _DEATH_S))
-        for _ in ticks:
+        for _ in range(math.ceil(seconds / _DEATH_S)):
             if working.done() or self.dead:
                 return
             await asyncio.wait({working}, timeout=_DEATH_S)
@@ -136,20 +140,39 @@ class Engine:
             log.error("the engine hangs", seconds=seconds)
             self._hangs = True
 
+    async def _to_its_end(self, work: Coroutine[Any, Any, None]) -> None:
+        """Await `work`. It goes on where the caller is cancelled."""
+        task = asyncio.ensure_future(work)
+        self._ending.add(task)  # the loop itself holds tasks only weakly
+        task.add_done_callback(self._ending.discard)
+        await asyncio.shield(task)
+
     async def pause(self, who: str, mode: PauseMode = "keep", clear_cache: bool = True) -> None:
         """Stop generation until `who` resumes. Returns once nothing runs and what ran has been handed over.
 
         Raises:
             Aborted: LEASE_HELD, somebody else holds generation, and letting rollouts run on or ending them would
-                reach into that.
+                reach into that; or, while rollouts were waited for, `who` resumed, or anybody paused in their place.
         """
-        await self._controlled(self._pause(who, mode, clear_cache), math.inf if mode == "wait" else None)
+        if mode == "wait":
+            await self._run_out(who, clear_cache)
+        else:
+            await self._controlled(self._pause(who, mode, clear_cache))
 
-    async def _pause(self, who: str, mode: PauseMode, clear_cache: bool) -> None:
+    def held_by(self, who: str) -> bool:
+        """Whether `who` holds generation."""
+        return who in self._pausers
+
+    def _check_alone(self, who: str, mode: PauseMode) -> None:
         if self._pausers - {who} and mode != "keep":
             raise Aborted(
-                Reason.LEASE_HELD, f"generation is stopped by {min(self._pausers)}: use KEEP, or later"
+                Reason.LEASE_HELD,
+                f"generation is stopped by {min(self._pausers - {who})}: use KEEP, or later",
             )
+
+    async def _pause(self, who: str, mode: PauseMode, clear_cache: bool) -> None:
+        self._check_alone(who, mode)
+        self._overtake()
         held = who in self._pausers
         self._pausers.add(who)
         try:
@@ -158,16 +181,74 @@ class Engine:
             await self._drain()
         except BaseException:  # a caller that left, most of all: generation is as it was before
             if not held:
-                await self._release(who)
-            elif not self.dead:
-                await self.llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
+                self._pausers.discard(who)
+            await self._settle()
             raise
+
+    async def _run_out(self, who: str, clear_cache: bool) -> None:
+        """Pause once what runs has ended. As that may take for ever, other control calls are done meanwhile."""
+        self._check_alone(who, "wait")  # before it waits for another's wait to end
+        async with self._waiting:
+            wait = _Wait(who)
+            try:
+                drained = await self._controlled(self._begin_wait(wait, clear_cache))
+                while not drained.done() and not self.dead:
+                    await asyncio.wait({drained}, timeout=_DEATH_S)
+                if self.dead:
+                    raise _dead()
+                if self._wait is wait:
+                    drained.result()
+                    await self._drain()
+                if self._wait is not wait:
+                    raise _overtaken()
+                self._wait = None
+            except BaseException:  # generation is as it was before, as in `_pause`
+                if self._wait is wait and self.dead:
+                    self._overtake()
+                elif self._wait is wait:
+                    await self._to_its_end(self._controlled(self._give_up(wait)))
+                raise
+
+    async def _begin_wait(self, wait: _Wait, clear_cache: bool) -> asyncio.Future[None]:
+        self._check_alone(wait.who, "wait")
+        wait.held = wait.who in self._pausers
+        self._pausers.add(wait.who)
+        self._wait = wait
+        wait.drained = asyncio.ensure_future(
+            self.llm.engine_core.pause_scheduler_async(mode="wait", clear_cache=clear_cache)
+        )
+        await asyncio.sleep(0)  # its message is sent before those of the next control call
+        return wait.drained
+
+    def _overtake(self) -> None:
+        """End the pause that waits for rollouts, if there is one: somebody decides otherwise about them."""
+        wait, self._wait = self._wait, None
+        if wait is not None and wait.drained is not None:
+            wait.drained.cancel()
+            if not wait.held:
+                self._pausers.discard(wait.who)
+
+    async def _give_up(self, wait: _Wait) -> None:
+        if self._wait is wait:  # nobody else did, before this had its turn
+            self._overtake()
+            await self._settle()
+
+    async def _settle(self) -> None:
+        """Have the scheduler do what the holders of generation want."""
+        if self.dead:
+            return
+        if self._pausers:
+            await self.llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
+        else:
+            await self.llm.engine_core.resume_scheduler_async()
 
     async def resume(self, who: str) -> None:
         """Let generation go on, unless somebody else holds it too."""
         await self._controlled(self._release(who))
 
     async def _release(self, who: str) -> None:
+        if self._wait is not None and self._wait.who == who:
+            self._overtake()
         self._pausers.discard(who)
         if not self._pausers and not self.dead:
             await self.llm.engine_core.resume_scheduler_async()
@@ -209,39 +290,55 @@ class Engine:
     async def _call_workers(self, method: str, *args: Any) -> list[Any]:
         return list(await self.llm.collective_rpc(method, timeout=_WORKERS_S, args=args))
 
-    async def sleep(self) -> None:
+    async def sleep(self, told: Callable[[], None] = lambda: None) -> None:
         """Free the KV cache, once what runs has ended. The weights stay: they are an arena's, not vLLM's to free.
 
+        Who leaves while rollouts end has changed nothing; from there on it is done to its end, and then `told`.
+
         Raises:
-            FailedPrecondition: SLEEP_MODE_OFF. Aborted: LEASE_HELD, somebody else holds generation.
+            FailedPrecondition: SLEEP_MODE_OFF. Aborted: as `pause`, and a wake-up came meanwhile.
         """
         if not self.llm.vllm_config.model_config.enable_sleep_mode:
             raise FailedPrecondition(
                 Reason.SLEEP_MODE_OFF, "start the engine with enable_sleep_mode to use Sleep"
             )
-        await self._controlled(self._sleep(), math.inf)
+        if not self.asleep:
+            # vLLM's own sleep is passed by: its wake-up would let generation go on whoever else holds it.
+            await self.pause(_SLEEP, "wait")
+            await self._to_its_end(self._turn(self._sleep(), told))
 
     async def _sleep(self) -> None:
-        if self.asleep:
-            return
-        # The workers are called past vLLM's own sleep, whose wake-up would let generation go on whoever else holds it.
-        await self._pause(_SLEEP, "wait", clear_cache=True)
-        self.asleep = True
-        await self._call_workers("sleep", 1)
+        if not self.asleep:
+            if _SLEEP not in self._pausers:
+                raise _overtaken()
+            self.asleep = True
+            await self._call_workers("sleep", 1)
 
-    async def wake_up(self) -> None:
-        """Rebuild what `sleep` freed."""
-        await self._controlled(self._wake_up(), _WORKERS_S)
+    async def wake_up(self, told: Callable[[], None] = lambda: None) -> None:
+        """Rebuild what `sleep` freed, to the end even if the caller leaves, and then `told`."""
+        await self._to_its_end(self._turn(self._wake_up(), told))
 
     async def _wake_up(self) -> None:
         if self.asleep:
             await self._call_workers("wake_up")
             self.asleep = False
+        if _SLEEP in self._pausers:
             await self._release(_SLEEP)
 
+    async def _turn(self, work: Coroutine[Any, Any, None], told: Callable[[], None]) -> None:
+        try:
+            await self._controlled(work, _WORKERS_S)
+        finally:
+            told()
+
     async def load_lora(self, name: str, path: str, policy: Shapes | None = None) -> None:
-        """Load the adapter in the folder `path`, in place of any of that name. Raises as `Loras.load` does."""
-        await self._controlled(self.loras.load(name, path, policy))
+        """Load the adapter in the folder `path`, in place of any of that name.
+
+        Raises as `Loras.copied` and `Loras.load` do.
+        """
+        # The caller's folder may be slow: nobody waits for it, and the engine is not blamed.
+        async with self.loras.copied(name, path, policy) as adapter:
+            await self._controlled(self.loras.load(name, adapter))
 
     async def unload_lora(self, name: str) -> None:
         """Forget an adapter. Raises as `Loras.get` does."""
@@ -272,24 +369,16 @@ class Engine:
             InvalidArgument: the template refuses the chat, or there is none. Names "template" where the caller's
                 fails, "template_kwargs" where a variable is none, else "".
         """
-        if taken := sorted(variables.keys() & _RENDER_OPTIONS):
-            raise invalid("template_kwargs", f"{taken[0]!r} is no variable of a template")
-
-        def render(tokenizer: Any) -> Any:
-            try:
-                return tokenizer.apply_chat_template(
-                    messages,
-                    tokenize=True,
-                    return_dict=True,
-                    chat_template=template,
-                    tools=tools or None,
-                    add_generation_prompt=add_generation_prompt,
-                    **variables,
-                )["input_ids"]
-            except Exception as error:  # templates are programs: they raise what they like
-                raise invalid("template" if template is not None else "", one_line(error)) from error
-
-        return await self._in_tokenizer(render)
+        return await self._in_tokenizer(
+            lambda tokenizer: rendered(
+                tokenizer,
+                messages,
+                variables,
+                template=template,
+                tools=tools or None,
+                add_generation_prompt=add_generation_prompt,
+            )
+        )
 
     async def _in_tokenizer(self, call: Any) -> list[int]:
         tokenizer = self.llm.get_tokenizer()
@@ -300,3 +389,9 @@ class Engine:
 
 def _dead() -> Unavailable:
     return Unavailable(Reason.ENGINE_DEAD, "the engine died; start the service again")
+
+
+def _overtaken() -> Aborted:
+    return Aborted(
+        Reason.LEASE_HELD, "generation was resumed, or stopped otherwise, while rollouts were waited for"
+    )

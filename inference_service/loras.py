@@ -8,7 +8,7 @@ import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,32 +59,40 @@ class Loras:
             raise NotFound(Reason.LORA_NOT_FOUND, f"no adapter {name!r} is loaded", metadata={"lora": name})
         return self._adapters[name]
 
-    async def load(self, name: str, path: str, policy: Shapes | None = None) -> None:
-        """Load the adapter in the folder `path`, in place of any of that name.
+    @contextlib.asynccontextmanager
+    async def copied(self, name: str, path: str, policy: Shapes | None = None) -> AsyncIterator[Adapter]:
+        """A copy of the adapter in the folder `path`, to `load`. It is removed if the block fails.
 
         Args:
             policy: the policy's tensors, if known. vLLM takes whatever an adapter has for others, or of other shapes.
 
         Raises:
-            FailedPrecondition: LORA_OFF. InvalidArgument: there is no adapter, or not one that vLLM can use.
+            FailedPrecondition: LORA_OFF. InvalidArgument: there is no adapter, or not one that fits.
         """
         from vllm.lora.request import LoRARequest
 
         self._check_on()
         number = next(self._ids)
-        request = LoRARequest(name, number, os.path.join(self._folder, str(number)))
-        adapter = Adapter(request)
+        adapter = Adapter(LoRARequest(name, number, os.path.join(self._folder, str(number))))
         try:
-            await asyncio.to_thread(_copy, path, request.lora_path, policy or {})
-            try:
-                await self._llm.add_lora(request)
-            except Exception as error:  # utility calls lose the type on their way
-                if self._llm.errored:
-                    raise
-                raise invalid("path", one_line(error)) from error
+            await asyncio.to_thread(_copy, path, adapter.request.lora_path, policy or {})
+            yield adapter
         except BaseException:
             self._retire(adapter)
             raise
+
+    async def load(self, name: str, adapter: Adapter) -> None:
+        """Load a copied adapter, in place of any of that name.
+
+        Raises:
+            InvalidArgument: vLLM cannot use it.
+        """
+        try:
+            await self._llm.add_lora(adapter.request)
+        except Exception as error:  # utility calls lose the type on their way
+            if self._llm.errored:
+                raise
+            raise invalid("path", one_line(error)) from error
         old, self._adapters[name] = self._adapters.get(name), adapter
         if old is not None:
             self._retire(old)

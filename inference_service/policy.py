@@ -362,7 +362,8 @@ class Update:
         policy = self._policy
         self._staging = None
         try:
-            if self._stopped_at is not None and not policy.torn:
+            # A pause that was given up holds nothing, and the lease must not wait for its turn with the engine.
+            if policy.engine.held_by(_UPDATE) and not policy.torn:
                 await policy.engine.resume(_UPDATE)
         finally:
             if self._stopped_at is not None:

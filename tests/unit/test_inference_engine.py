@@ -5,12 +5,20 @@ time, and after a pause every token is counted.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
+import json
+import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from inference_service import loras
 from inference_service.engine import Engine
 from inference_service.launch import Launched, ModelInfo
 from inference_service.stats import EngineStats
@@ -104,8 +112,8 @@ async def test_a_pause_that_is_given_up_is_undone_before_the_next_call(
     if held:
         await engine.pause("a")
     core.told.clear()
-    core.silent = {"wait"}
-    pausing = asyncio.ensure_future(engine.pause("a", "wait"))
+    core.silent = {"abort"}
+    pausing = asyncio.ensure_future(engine.pause("a", "abort"))
     other = asyncio.ensure_future(engine.pause("b"))
     await asyncio.sleep(0.05)
     pausing.cancel()
@@ -113,9 +121,131 @@ async def test_a_pause_that_is_given_up_is_undone_before_the_next_call(
         await pausing
     await other
     undone = ["keep", "paused"] if held else ["resume"]
-    assert core.told == ["wait", *undone, "keep", "paused"]
+    assert core.told == ["abort", *undone, "keep", "paused"]
     await engine.resume("b")
     assert engine.paused == held
+
+
+@pytest.mark.parametrize("held", [False, True])
+async def test_a_wait_that_is_given_up_is_undone(engine: Any, core: Core, held: bool) -> None:
+    if held:
+        await engine.pause("a")
+    core.told.clear()
+    core.silent = {"wait"}
+    pausing = asyncio.ensure_future(engine.pause("a", "wait"))
+    await asyncio.sleep(0.05)
+    pausing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await pausing
+    assert core.told == ["wait", *(["keep", "paused"] if held else ["resume"])]
+    assert engine.paused == held
+
+
+async def test_other_calls_are_done_while_rollouts_are_waited_for(engine: Any, core: Core) -> None:
+    """Who cannot know how long they run must not keep everybody else away."""
+
+    async def reset_prefix_cache() -> bool:
+        return True
+
+    engine.llm.reset_prefix_cache = reset_prefix_cache
+    core.silent = {"wait"}
+    pausing = asyncio.ensure_future(engine.pause("a", "wait"))
+    await asyncio.sleep(0.05)
+    assert await asyncio.wait_for(engine.reset_prefix_cache(), 1)
+    await asyncio.wait_for(engine.resume("b"), 1)  # not its pause
+    assert engine.paused
+    assert not pausing.done()
+    core.silent.clear()
+    await pausing
+    assert core.told == ["wait", "paused"]
+
+
+async def test_who_resumes_ends_his_own_wait(engine: Any, core: Core) -> None:
+    core.silent = {"wait"}
+    pausing = asyncio.ensure_future(engine.pause("a", "wait"))
+    await asyncio.sleep(0.05)
+    await asyncio.wait_for(engine.resume("a"), 1)
+    with pytest.raises(Aborted, match="while rollouts were waited for"):
+        await asyncio.wait_for(pausing, 1)
+    assert core.told == ["wait", "resume"]
+    assert not engine.paused
+    core.silent.clear()
+    await engine.pause("a", "wait")  # it left nothing behind
+
+
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("who", ["a", "update"])
+async def test_a_pause_takes_the_place_of_one_that_waits(
+    engine: Any, core: Core, who: str, held: bool
+) -> None:
+    """vLLM answers the first when the second has frozen what it waits for."""
+    if held:
+        await engine.pause("a")
+    core.silent = {"wait"}
+    pausing = asyncio.ensure_future(engine.pause("a", "wait"))
+    await asyncio.sleep(0.05)
+    await asyncio.wait_for(engine.pause(who), 1)
+    with pytest.raises(Aborted, match="while rollouts were waited for"):
+        await asyncio.wait_for(pausing, 1)
+    assert core.told[-3:] == ["wait", "keep", "paused"]
+    await engine.resume(who)
+    assert engine.paused == (held and who == "update")
+
+
+async def test_waits_come_one_after_the_other(engine: Any, core: Core) -> None:
+    core.silent = {"wait"}
+    first, second = [asyncio.ensure_future(engine.pause("a", "wait")) for _ in range(2)]
+    await asyncio.sleep(0.05)
+    with pytest.raises(Aborted):
+        await asyncio.wait_for(engine.pause("update", "wait"), 1)
+    assert core.told == ["wait"]
+    first.cancel()
+    await asyncio.wait({first})
+    core.silent.clear()
+    await second
+    assert core.told == ["wait", "resume", "wait", "paused"]
+    assert engine.paused
+
+
+async def test_a_wait_ends_with_the_engine(engine: Any, core: Core) -> None:
+    core.silent = {"wait"}
+    pausing = asyncio.ensure_future(engine.pause("a", "wait"))
+    await asyncio.sleep(0.05)
+    engine.llm.errored = True
+    with pytest.raises(Unavailable):
+        await asyncio.wait_for(pausing, 1)
+
+
+async def test_a_hang_is_noticed_after_a_wait_was_given_up(engine: Any, core: Core) -> None:
+    engine._timeout_s = 0.5
+
+    async def resume_scheduler_async() -> None:
+        await asyncio.Event().wait()
+
+    core.resume_scheduler_async = resume_scheduler_async  # type: ignore[method-assign]
+    core.silent = {"wait"}
+    pausing = asyncio.ensure_future(engine.pause("a", "wait"))
+    await asyncio.sleep(0.05)
+    pausing.cancel()
+    await asyncio.wait({pausing}, timeout=3)
+    assert pausing.done()
+    assert engine.dead
+
+
+async def test_a_call_that_is_cancelled_before_its_turn_leaves_nothing(
+    engine: Any, core: Core, recwarn: pytest.WarningsRecorder
+) -> None:
+    core.silent = {"keep"}
+    first = asyncio.ensure_future(engine.pause("a"))
+    await asyncio.sleep(0.05)
+    second = asyncio.ensure_future(engine.pause("b"))
+    await asyncio.sleep(0.05)
+    second.cancel()
+    await asyncio.wait({second})
+    gc.collect()
+    assert not [w for w in recwarn if "never awaited" in str(w.message)]
+    core.silent.clear()
+    await first
 
 
 async def test_a_pause_waits_until_all_tokens_are_counted(engine: Any, core: Core) -> None:
@@ -187,3 +317,96 @@ async def test_who_else_holds_generation_keeps_it_over_a_sleep(core: Core, engin
     await engine.pause("update")
     with pytest.raises(Aborted):
         await engine.sleep()
+
+
+class Workers:
+    """Stands for the workers: a call hangs until it may go on."""
+
+    def __init__(self, engine: Any) -> None:
+        self.called: list[str] = []
+        self.go_on = asyncio.Event()
+        engine.llm.collective_rpc = self.collective_rpc
+        engine.llm.vllm_config = SimpleNamespace(model_config=SimpleNamespace(enable_sleep_mode=True))
+
+    async def collective_rpc(self, method: str, **_: Any) -> list[None]:
+        self.called.append(method)
+        await self.go_on.wait()
+        return [None]
+
+
+async def test_sleep_and_wake_up_go_on_when_their_caller_leaves(core: Core, engine: Any) -> None:
+    """Half asleep is no state: who asks next is told what is so."""
+    workers, told = Workers(engine), []
+    for call, asleep in ((engine.sleep, True), (engine.wake_up, False)):
+        workers.go_on.clear()
+        calling = asyncio.ensure_future(call(lambda: told.append(engine.asleep)))
+        await asyncio.sleep(0.05)
+        assert engine.asleep
+        calling.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await calling
+        workers.go_on.set()
+        await asyncio.wait(engine._ending, timeout=1)
+        assert engine.asleep is engine.paused is told[-1] is asleep
+    assert workers.called == ["sleep", "wake_up"]
+    assert len(told) == 2
+
+
+async def test_a_sleep_that_waits_ends_with_its_caller_or_a_wake_up(core: Core, engine: Any) -> None:
+    workers = Workers(engine)
+    workers.go_on.set()
+    core.silent = {"wait"}
+    for end in ("cancel", "wake"):
+        sleeping = asyncio.ensure_future(engine.sleep())
+        await asyncio.sleep(0.05)
+        if end == "cancel":
+            sleeping.cancel()
+        else:
+            await asyncio.wait_for(engine.wake_up(), 1)
+        with pytest.raises((Aborted, asyncio.CancelledError)):
+            await asyncio.wait_for(sleeping, 1)
+        assert not engine.asleep
+        assert not engine.paused
+    assert workers.called == []
+
+
+async def test_a_slow_folder_holds_up_nobody_and_kills_nothing(
+    core: Core, engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine._timeout_s = 0.25
+    (tmp_path / "adapter_config.json").write_text(json.dumps({}))
+    save_file({"m.lora_A.weight": torch.zeros(1, 1)}, tmp_path / "adapter_model.safetensors")
+    reached, go_on, copy = threading.Event(), threading.Event(), loras._copy
+
+    def slow(*args: Any) -> None:
+        reached.set()
+        assert go_on.wait(10)
+        copy(*args)
+
+    async def add_lora(request: Any) -> None:
+        core.told.append(request.lora_name)
+
+    monkeypatch.setattr(loras, "_copy", slow)
+    engine.llm.add_lora = add_lora
+    engine.llm.vllm_config = SimpleNamespace(lora_config=True)
+    loading = asyncio.ensure_future(engine.load_lora("x", str(tmp_path)))
+    assert await asyncio.to_thread(reached.wait, 30)
+    await asyncio.sleep(0.6)
+    await asyncio.wait_for(engine.pause("a"), 1)
+    go_on.set()
+    await loading
+    assert core.told == ["keep", "paused", "x"]
+    assert engine.loras.names == ["x"]
+    assert not engine.dead
+
+    core.silent = {"keep"}  # a copy that is never loaded goes
+    pausing = asyncio.ensure_future(engine.pause("a"))
+    await asyncio.sleep(0.05)
+    loading = asyncio.ensure_future(engine.load_lora("y", str(tmp_path)))
+    await asyncio.sleep(0.1)
+    loading.cancel()
+    await asyncio.wait({loading})
+    core.silent.clear()
+    await pausing
+    assert engine.loras.names == ["x"]
+    assert len(list(Path(engine.loras._folder).iterdir())) == 1

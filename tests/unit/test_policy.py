@@ -62,6 +62,9 @@ class Engine:
         self.holders.discard(who)
         await self.step("resume")
 
+    def held_by(self, who: str) -> bool:
+        return who in self.holders
+
     async def call_workers(self, method: str) -> list[None]:
         await self.step(method)
         return [None]
@@ -886,3 +889,15 @@ async def test_an_update_may_number_its_version(in_place: bool) -> None:
         with pytest.raises(InvalidArgument, match=r"begin\.new_version: must be above the base version 7"):
             await m.begin(in_place, new_version=wrong)
     assert not m.held
+
+
+async def test_a_begin_that_is_cancelled_before_its_pause_has_its_turn_waits_for_none() -> None:
+    m = Machine()
+    reached, _ = m.engine.hang("pause keep")
+    task = asyncio.ensure_future(m.begin(in_place=True))
+    await reached.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(task, 1)
+    assert not m.held
+    assert "resume" not in m.engine.calls, "a pause that was given up holds nothing"
