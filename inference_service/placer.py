@@ -10,8 +10,8 @@ from torch import nn
 from inference_service.recorder import Copy, Recorder
 from weight_transfer.arena import Arena
 from weight_transfer.digest import digest_tensors
-from weight_transfer.manifest import TensorSpec
-from weight_transfer.placement import Block, Placement, covered
+from weight_transfer.manifest import ITEMSIZE, TensorSpec
+from weight_transfer.placement import Block, Placement, covered, merged
 
 
 class Placer:
@@ -49,7 +49,7 @@ class Placer:
         if name in self._recorder.transformed or len(dtypes) != 1 or "" in dtypes:
             return None
         spec = TensorSpec(name, dtypes.pop(), tuple(tensor.shape))
-        placement = Placement(spec, tuple(map(self._block, copies)))
+        placement = Placement(spec, merged(list(map(self._block, copies)), ITEMSIZE[spec.dtype]))
         twice = sum(block.numel for block in placement.blocks) > spec.numel
         if twice or (self._whole and not covered(spec, placement.blocks)):
             return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from weight_transfer.manifest import ITEMSIZE, TensorSpec
@@ -104,6 +104,34 @@ class Placement:
         for part, place in self.pairs(arenas, out):
             part.copy_(place)
         return out
+
+
+def merged(blocks: Sequence[Block], itemsize: int) -> tuple[Block, ...]:
+    """`blocks`, of which those that continue one another, in the tensor and in the arena, are one.
+
+    Some engines copy a tensor shard by shard into one parameter, in which they then lie as they did in the tensor.
+    """
+    found: list[Block] = []
+    for block in sorted(blocks, key=lambda block: (block.arena, block.tensor_offset)):
+        if found and _continues(found[-1], block, itemsize):
+            last = found[-1]
+            found[-1] = replace(last, shape=(last.shape[0] + block.shape[0], *last.shape[1:]))
+        else:
+            found.append(block)
+    return tuple(found)
+
+
+def _continues(last: Block, block: Block, itemsize: int) -> bool:
+    if not last.shape or last.shape[1:] != block.shape[1:]:
+        return False
+    dense = contiguous_strides(last.shape)
+    if {last.arena_strides, last.tensor_strides, block.arena_strides, block.tensor_strides} != {dense}:
+        return False
+    return (
+        block.arena == last.arena
+        and block.tensor_offset == last.tensor_offset + last.numel
+        and block.arena_offset == last.arena_offset + last.numel * itemsize
+    )
 
 
 def check(placements: Sequence[Placement], arena_sizes: Sequence[int]) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from weight_transfer.arena import Arena
 from weight_transfer.manifest import TensorSpec
-from weight_transfer.placement import Block, Placement, check, contiguous_strides
+from weight_transfer.placement import Block, Placement, check, contiguous_strides, merged
 from weight_transfer.scatter import scatter
 
 SIZES = [64, 96]  # bytes of the arenas
@@ -253,3 +253,18 @@ def test_contiguous_strides_are_numpys(shape: tuple[int, ...]) -> None:
         return
     assert contiguous_strides(shape) == tuple(s // 8 for s in np.empty(shape).strides)
     assert math.prod(shape) == np.empty(shape).size
+
+
+def test_shards_that_lie_as_they_did_are_one_block() -> None:
+    """As of a checkpoint's fused q, k and v, which are copied one after the other."""
+    rows = [(0, 8), (8, 2), (10, 2)]
+    shards = [Block(0, 512 + first * 6, (3, 1), first * 3, (3, 1), (n, 3)) for first, n in rows]
+    whole = Block(0, 512, (3, 1), 0, (3, 1), (12, 3))
+    assert merged(shards[::-1], 2) == (whole,)
+    swapped = [shards[0], dataclasses.replace(shards[1], arena_offset=shards[2].arena_offset)]
+    assert merged(swapped, 2) == tuple(swapped)
+    apart = [shards[0], dataclasses.replace(shards[1], arena=1)]
+    assert merged(apart, 2) == tuple(apart)
+    columns = [Block(0, 0, (6, 1), 0, (6, 1), (4, 3)), Block(0, 6, (6, 1), 3, (6, 1), (4, 3))]
+    assert merged(columns, 2) == tuple(columns)
+    assert merged([], 2) == ()
