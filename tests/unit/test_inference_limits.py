@@ -104,6 +104,7 @@ async def test_what_was_still_tokenized_when_the_engine_stopped_is_not_added(
 ) -> None:
     """It would wait for its deadline: nobody ends what comes after."""
     stopped: list[Unavailable] = []
+    held.free.set()
 
     async def encode(text: str) -> list[int]:
         stopped.append(Unavailable(reason, "stopped"))
