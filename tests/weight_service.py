@@ -62,6 +62,9 @@ class IdleEngine:
     async def resume(self, who: str) -> None:
         self.holders.discard(who)
 
+    def held_by(self, who: str) -> bool:
+        return who in self.holders
+
     async def call_workers(self, method: str, *args: Any) -> list[Any]:
         if method == "tandem_restore":  # its checkpoint is all zeros
             for arena in self._arenas.arenas:

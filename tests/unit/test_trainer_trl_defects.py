@@ -56,7 +56,7 @@ class RecordingClient:
     def __init__(self) -> None:
         self.prompts: list[list[int]] = []
 
-    def wait_until_serving(self, timeout_s: float) -> pb.GetModelResponse:
+    def wait_until_serving(self, timeout_s: float, **_: Any) -> pb.GetModelResponse:
         return pb.GetModelResponse(max_model_len=64, logprobs_mode="processed_logprobs")
 
     def generate(self, groups: list[Any], sampling: Any, logprobs: bool) -> list[list[pb.Rollout]]:
