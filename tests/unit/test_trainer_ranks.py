@@ -88,6 +88,9 @@ RANK = """
         raise AssertionError("a failed sync is an error on every rank")
     if weights is not None:
         weights.detach()
+    client.close()
+    accelerator.wait_for_everyone()
+    torch.distributed.destroy_process_group()  # else its threads may outlive the interpreter, which aborts
 """
 
 
