@@ -22,7 +22,6 @@ from tandem.errors import Reason, TandemError
 from tandem.inference.v1 import inference_pb2 as pb
 from tandem.rpc import translated
 from tandem.weights.v1 import weights_pb2
-from tests import models
 from tests.services import ENVIRONMENT, Service, inference_service
 from trainer_service.client import InferenceClient
 from trainer_service.policy_tensors import policy_tensors
@@ -34,11 +33,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 PROMPTS = [[5, 6, 7, 8], [40, 41, 42], [200, 100, 50, 25, 12]]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return models.make(tmp_path_factory.mktemp("qwen3"), "qwen3", hidden_size=256, head_dim=64)
 
 
 @pytest.fixture(scope="module")

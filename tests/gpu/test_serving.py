@@ -18,7 +18,6 @@ from tandem.engine.v1 import engine_pb2
 from tandem.errors import TandemError
 from tandem.inference.v1 import inference_pb2 as pb
 from tandem.rpc import translate
-from tests import models
 from tests.services import Service, inference_service
 
 pytestmark = [
@@ -26,11 +25,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 PROMPTS = [[5, 6, 7, 8], [40, 41, 42], [200, 100, 50, 25, 12]]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return models.make(tmp_path_factory.mktemp("qwen3"), "qwen3", hidden_size=256, head_dim=64)
 
 
 @pytest.fixture(scope="module")

@@ -575,13 +575,6 @@ def test_versions_and_states_are_watched(plane: Plane) -> None:
     assert {(v, "STAGING"), (v + 1, "TORN"), (v + 2, "COMMITTED")} <= set(seen)
 
 
-def test_a_watcher_that_leaves_is_forgotten(plane: Plane) -> None:
-    for _ in range(20):
-        with raw.watching(plane.stub) as changes:
-            next(changes)
-    plane.open(STREAM).update(plane.tensors)
-
-
 def test_a_digest_is_never_of_a_mix(plane: Plane) -> None:
     """Asked for while updates come and go, it is one version's, or refused."""
     session = plane.open(SHARED)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,9 @@ from hypothesis import strategies as st
 from inference_service.arenas import HostArenas
 from inference_service.policy import FIRST_VERSION, Policy, Update, WeightState
 from inference_service.rollouts import Track
+from inference_service.servicers.weights import WeightServicer
 from tandem.errors import Aborted, FailedPrecondition, InvalidArgument, Reason, TandemError, Unavailable
+from tandem.weights.v1 import weights_pb2
 from weight_transfer.arena import Arena
 from weight_transfer.digest import combine, digest_tensors
 from weight_transfer.manifest import TensorSpec
@@ -901,3 +904,14 @@ async def test_a_begin_that_is_cancelled_before_its_pause_has_its_turn_waits_for
         await asyncio.wait_for(task, 1)
     assert not m.held
     assert "resume" not in m.engine.calls, "a pause that was given up holds nothing"
+
+
+async def test_a_watcher_that_leaves_is_forgotten() -> None:
+    m = Machine()
+    servicer = WeightServicer(SimpleNamespace(policy=m.policy), 2.0, 1024)  # type: ignore[arg-type]
+    before = list(m.policy.changed)
+    watching = servicer.WatchWeightVersion(weights_pb2.WatchWeightVersionRequest(), None)
+    assert (await anext(watching)).weight_version == m.policy.version
+    assert len(m.policy.changed) == len(before) + 1
+    await watching.aclose()  # type: ignore[attr-defined]
+    assert m.policy.changed == before
