@@ -21,9 +21,7 @@ from inference_service.sessions import Sessions
 from tandem.engine.v1 import engine_pb2_grpc
 from tandem.errors import Reason, Unavailable
 from tandem.inference.v1 import inference_pb2_grpc
-from tandem.rpc import Serving, ServingConfig
-from tandem.rpc.listen import Tls
-from tandem.rpc.trust import read_token
+from tandem.rpc import Serving
 from tandem.weights.v1 import weights_pb2_grpc
 
 log = structlog.get_logger(__name__)
@@ -41,7 +39,7 @@ async def serve(settings: InferenceSettings) -> None:
         Unavailable: ENGINE_DEAD, the engine died, and `exit_on_engine_death` has the service end with it.
     """
     host = Host()
-    serving = Serving(_serving_config(settings))
+    serving = Serving(settings.serving_config())
     host.draining = lambda: serving.draining
     serving.add(
         inference_pb2_grpc.add_InferenceServiceServicer_to_server,
@@ -137,22 +135,3 @@ async def _watch(engine: Engine, tell: Callable[[], None]) -> None:
         await asyncio.sleep(0.5)
     log.error("the engine died", model=engine.info.model)
     tell()
-
-
-def _serving_config(settings: InferenceSettings) -> ServingConfig:
-    return ServingConfig(
-        addresses=tuple(settings.addresses),
-        token=read_token(settings.token_file) if settings.token_file else None,
-        tls=_tls(settings),
-        insecure=settings.insecure,
-        max_message_bytes=settings.max_message_bytes,
-        grace_s=settings.grace_s,
-        drain_delay_s=settings.drain_delay_s,
-        metrics_address=settings.metrics_address,
-    )
-
-
-def _tls(settings: InferenceSettings) -> Tls | None:
-    if settings.tls_certificate is None or settings.tls_key is None:
-        return None
-    return Tls(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)

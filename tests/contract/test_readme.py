@@ -9,7 +9,6 @@ from conftest import Serve
 from test_auth import GET, Authority
 
 from inference_service.config import InferenceSettings
-from inference_service.server import _serving_config
 from tandem.engine.v1 import engine_pb2_grpc
 from tandem.rpc import connect_aio
 from tandem.rpc.address import parse
@@ -29,7 +28,7 @@ async def test_the_settings_are_served_and_called(serve: Serve, folder: Path) ->
     authority = Authority(folder, "authority")
     authority.issue("service")[1].rename(folder / "service.key")
 
-    config = _serving_config(InferenceSettings.load([f"--config={folder}/tandem.toml"]))
+    config = InferenceSettings.load([f"--config={folder}/tandem.toml"]).serving_config()
     fields = {name: getattr(config, name) for name in config.__slots__}
     serving = await serve(**fields | {"handle_signals": False})
     kinds = set()
