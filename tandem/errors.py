@@ -25,19 +25,26 @@ class Reason(StrEnum):
     FIELD_INVALID = "FIELD_INVALID"
     PROMPT_TOO_LONG = "PROMPT_TOO_LONG"
     MANIFEST_MISMATCH = "MANIFEST_MISMATCH"
+    REWARD_INVALID = "REWARD_INVALID"
     LORA_NOT_FOUND = "LORA_NOT_FOUND"
     SESSION_NOT_FOUND = "SESSION_NOT_FOUND"
     SERVICE_NOT_FOUND = "SERVICE_NOT_FOUND"
+    JOB_NOT_FOUND = "JOB_NOT_FOUND"
     BASE_VERSION_MISMATCH = "BASE_VERSION_MISMATCH"
     TRANSPORT_UNAVAILABLE = "TRANSPORT_UNAVAILABLE"
     SLEEP_MODE_OFF = "SLEEP_MODE_OFF"
     LORA_OFF = "LORA_OFF"
+    REFERENCE_OFF = "REFERENCE_OFF"
+    REFERENCE_MISMATCH = "REFERENCE_MISMATCH"
     UPDATE_ORDER = "UPDATE_ORDER"
     ADDRESS_IN_USE = "ADDRESS_IN_USE"
+    STORE_IN_USE = "STORE_IN_USE"
+    JOB_STATE = "JOB_STATE"
     LEASE_HELD = "LEASE_HELD"
     LEASE_LOST = "LEASE_LOST"
     MESSAGE_TOO_LARGE = "MESSAGE_TOO_LARGE"
     QUEUE_FULL = "QUEUE_FULL"
+    DISK_FULL = "DISK_FULL"
     ENGINE_LOADING = "ENGINE_LOADING"
     ENGINE_TORN = "ENGINE_TORN"
     ENGINE_DEAD = "ENGINE_DEAD"
@@ -200,19 +207,26 @@ CATALOGUE: dict[Reason, type[TandemError]] = {
     Reason.FIELD_INVALID: InvalidArgument,
     Reason.PROMPT_TOO_LONG: InvalidArgument,
     Reason.MANIFEST_MISMATCH: InvalidArgument,
+    Reason.REWARD_INVALID: InvalidArgument,
     Reason.LORA_NOT_FOUND: NotFound,
     Reason.SESSION_NOT_FOUND: NotFound,
     Reason.SERVICE_NOT_FOUND: NotFound,
+    Reason.JOB_NOT_FOUND: NotFound,
     Reason.BASE_VERSION_MISMATCH: FailedPrecondition,
     Reason.TRANSPORT_UNAVAILABLE: FailedPrecondition,
     Reason.SLEEP_MODE_OFF: FailedPrecondition,
     Reason.LORA_OFF: FailedPrecondition,
+    Reason.REFERENCE_OFF: FailedPrecondition,
+    Reason.REFERENCE_MISMATCH: FailedPrecondition,
     Reason.UPDATE_ORDER: FailedPrecondition,
     Reason.ADDRESS_IN_USE: FailedPrecondition,
+    Reason.STORE_IN_USE: FailedPrecondition,
+    Reason.JOB_STATE: FailedPrecondition,
     Reason.LEASE_HELD: Aborted,
     Reason.LEASE_LOST: Aborted,
     Reason.MESSAGE_TOO_LARGE: ResourceExhausted,
     Reason.QUEUE_FULL: ResourceExhausted,
+    Reason.DISK_FULL: ResourceExhausted,
     Reason.ENGINE_LOADING: Unavailable,
     Reason.ENGINE_TORN: Unavailable,
     Reason.ENGINE_DEAD: Unavailable,

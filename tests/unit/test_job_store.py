@@ -1,0 +1,195 @@
+"""The store: what it returned from is there, what it refused left nothing, and one service has it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from tandem.errors import FailedPrecondition, InvalidArgument, NotFound, Reason, ResourceExhausted
+from tests.jobs import spec
+from trainer_service.jobs import tables
+from trainer_service.jobs.sql import SqlStore
+from trainer_service.jobs.states import JobState, Move
+from trainer_service.jobs.store import Event, EventKind, Offsets, Store, open_store
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    made = open_store("", tmp_path)
+    made.lock()
+    yield made
+    made.close()
+
+
+def log(text: str) -> Event:
+    return Event(EventKind.LOG, 1.5, 1, {"text": text})
+
+
+def test_a_job_is_kept(store: Store, tmp_path: Path) -> None:
+    made = store.create("job-1", spec(labels={"a": "b"}), "request")
+    assert (made.state, made.attempt, made.last_sequence) == (JobState.QUEUED, 0, 1)
+    assert made.spec == spec(labels={"a": "b"})
+    store.close()
+    again = open_store("", tmp_path)
+    again.lock()
+    assert again.get("job-1") == made
+    assert [event.body for event in again.events("job-1")] == [{"state": "QUEUED", "reason": ""}]
+    again.close()
+
+
+def test_a_request_makes_one_job(store: Store) -> None:
+    made = store.create("job-1", spec(), "request")
+    assert store.create("job-2", spec(), "request") == made
+    assert [job.id for job in store.find()] == ["job-1"]
+    with pytest.raises(InvalidArgument, match="request_id") as raised:
+        store.create("job-3", spec(max_retries=1), "request")
+    assert raised.value.violations[0].field == "request_id"
+    assert store.create("job-4", spec()).id == "job-4"
+    assert store.create("job-5", spec()).id == "job-5"
+
+
+def test_a_move_is_an_event(store: Store) -> None:
+    store.create("job-1", spec())
+    moved = store.move("job-1", Move.START, "its turn", attempt=1, gpus=("0",), process="1 2 boot")
+    assert (moved.state, moved.reason, moved.attempt, moved.gpus) == (
+        JobState.STARTING,
+        "its turn",
+        1,
+        ("0",),
+    )
+    event = store.events("job-1", after=1)[0]
+    assert (event.sequence, event.kind, event.attempt) == (2, EventKind.STATE, 1)
+    assert event.body == {"old_state": "QUEUED", "state": "STARTING", "reason": "its turn"}
+
+
+def test_an_illegal_move_changes_nothing(store: Store) -> None:
+    before = store.create("job-1", spec())
+    with pytest.raises(FailedPrecondition) as raised:
+        store.move("job-1", Move.RESUME, attempt=7)
+    assert raised.value.reason is Reason.JOB_STATE
+    assert store.get("job-1") == before
+    assert len(store.events("job-1")) == 1
+
+
+def test_a_move_that_leads_nowhere_tells_nothing(store: Store) -> None:
+    store.create("job-1", spec())
+    store.move("job-1", Move.CANCEL)
+    assert store.move("job-1", Move.CANCEL).last_sequence == 2
+
+
+def test_events_are_numbered_without_gaps_and_kept_with_how_far_was_read(store: Store) -> None:
+    store.create("job-1", spec())
+    store.create("job-2", spec())
+    for index in range(5):
+        offsets = Offsets(index, 2 * index, 3 * index)
+        job = store.append("job-1", [log(f"a{index}"), log(f"b{index}")], offsets=offsets, step=index)
+        store.append("job-2", [log("other")])
+    assert (job.last_sequence, job.step, job.offsets) == (11, 4, Offsets(4, 8, 12))
+    found = store.events("job-1")
+    assert [event.sequence for event in found] == list(range(1, 12))
+    assert [event.body["text"] for event in found[1:5]] == ["a0", "b0", "a1", "b1"]
+    assert [event.sequence for event in store.events("job-1", after=4, limit=3)] == [5, 6, 7]
+    assert [event.sequence for event in store.events("job-1", kinds=[EventKind.STATE])] == [1]
+
+
+def test_pages_and_filters(store: Store) -> None:
+    for index in range(7):
+        store.create(f"job-{index}", spec(labels={"parity": str(index % 2), "all": "yes"}))
+    store.move("job-5", Move.CANCEL)
+    assert [job.id for job in store.find(limit=3)] == ["job-6", "job-5", "job-4"]
+    before = store.find(limit=3)[-1].number
+    assert [job.id for job in store.find(limit=3, before=before)] == ["job-3", "job-2", "job-1"]
+    assert [job.id for job in store.find(states=[JobState.CANCELLED])] == ["job-5"]
+    assert [job.id for job in store.find(labels={"parity": "1", "all": "yes"})] == ["job-5", "job-3", "job-1"]
+    assert [job.id for job in store.find(labels={"parity": "1"}, states=[JobState.QUEUED])] == [
+        "job-3",
+        "job-1",
+    ]
+    assert store.find(labels={"parity": "yes"}) == []
+
+
+def test_a_deleted_job_is_gone_and_its_number_too(store: Store) -> None:
+    first = store.create("job-1", spec(labels={"a": "b"}), "request")
+    store.append("job-1", [log("x")])
+    store.delete("job-1")
+    for call in (store.get, store.delete):
+        with pytest.raises(NotFound) as raised:
+            call("job-1")
+        assert raised.value.reason is Reason.JOB_NOT_FOUND
+    assert store.events("job-1") == []
+    assert store.find() == []
+    assert store.create("job-1", spec(), "request").number > first.number
+    assert len(store.events("job-1")) == 1
+
+
+def test_a_second_service_is_refused_until_the_first_is_killed(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from trainer_service.jobs.store import open_store\n"
+        "store = open_store('', Path(sys.argv[1])); store.lock(); print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        second = open_store("", tmp_path)
+        with pytest.raises(FailedPrecondition, match=f"process {holder.pid}, holds") as raised:
+            second.lock()
+        assert raised.value.reason is Reason.STORE_IN_USE
+        os.kill(holder.pid, signal.SIGKILL)
+        holder.wait(10)
+        second.lock()
+        second.close()
+    finally:
+        holder.kill()
+        holder.wait(10)
+        holder.stdout.close()  # type: ignore[union-attr]
+
+
+def test_a_full_disk_is_told_and_nothing_is_lost(tmp_path: Path) -> None:
+    """SQLite itself refuses to grow the file, with the error that it has for a full disk."""
+    store = SqlStore(f"sqlite:///{tmp_path}/jobs.db")
+    store.lock()
+    store.create("job-1", spec())
+    with store._engine.connect() as connection:
+        pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
+
+    @sa.event.listens_for(store._engine, "checkout")
+    def limit(connection: object, *_: object) -> None:
+        connection.execute(f"PRAGMA max_page_count = {pages + 4}")  # type: ignore[attr-defined]
+
+    kept = 0
+    with pytest.raises(ResourceExhausted) as raised:  # noqa: PT012  # it fits a few times
+        for _ in range(1000):
+            kept = store.append("job-1", [log("x" * 1000)]).last_sequence
+    assert raised.value.reason is Reason.DISK_FULL
+    assert kept > 1
+    assert store.get("job-1").last_sequence == kept
+    assert [event.sequence for event in store.events("job-1")] == list(range(1, kept + 1))
+    with pytest.raises(ResourceExhausted):
+        store.create("job-2", spec(labels={"much": "y" * 100_000}))
+    assert [job.id for job in store.find()] == ["job-1"]
+    store.close()
+
+
+def test_the_steps_lead_to_the_tables(store: Store) -> None:
+    """A column that is in `tables` and in no step would be missing in every store."""
+    assert isinstance(store, SqlStore)
+    found = sa.inspect(store._engine)
+    for table in tables.metadata.sorted_tables:
+        columns = {column["name"]: column["nullable"] for column in found.get_columns(table.name)}
+        assert columns == {column.name: column.nullable for column in table.columns}
+        indexes = {index["name"] for index in found.get_indexes(table.name)}
+        assert indexes == {index.name for index in table.indexes}
+
+
+@pytest.mark.parametrize("url", ["nonsense", "nosuch://x/y", "sqlite:////nowhere/at/all/jobs.db"])
+def test_a_store_that_cannot_be_is_told(url: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument):
+        open_store(url, tmp_path).lock()

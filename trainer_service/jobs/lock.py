@@ -1,0 +1,42 @@
+"""A file that one process holds. The kernel lets go of it when that process ends, however it does."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+from tandem.errors import FailedPrecondition, Reason, invalid
+
+
+class FileLock:
+    """Held from its making to `close` or the process's end. Its text says who holds it."""
+
+    def __init__(self, path: Path) -> None:
+        """Take it.
+
+        Raises:
+            FailedPrecondition: STORE_IN_USE, another process holds it.
+            InvalidArgument: names `folder`; the file cannot be written.
+        """
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise invalid("folder", f"cannot write {path}: {error.strerror}") from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
+            os.close(descriptor)
+            raise FailedPrecondition(
+                Reason.STORE_IN_USE,
+                f"another trainer service, process {holder or 'unknown'}, holds {path}",
+                metadata={"path": str(path), "pid": holder},
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        self._descriptor = descriptor
+
+    def close(self) -> None:
+        """Let go of it."""
+        os.close(self._descriptor)

@@ -1,0 +1,256 @@
+"""The store in a database, by SQLAlchemy: SQLite, and PostgreSQL for those who have it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+
+from tandem.errors import FailedPrecondition, NotFound, Reason, ResourceExhausted, invalid
+from trainer_service.jobs import tables
+from trainer_service.jobs.lock import FileLock
+from trainer_service.jobs.spec import JobSpec
+from trainer_service.jobs.states import JobState, Move, after
+from trainer_service.jobs.store import Event, EventKind, Job, Offsets, Store
+
+_FULL = ("database or disk is full", "disk i/o error", "no space left", "53100")
+_LOCK_KEY = 0x7461_6E64_656D  # of PostgreSQL's advisory lock: "tandem"
+_BUSY_S = 30.0
+
+
+class SqlStore(Store):
+    """A store in a database."""
+
+    def __init__(self, url: str) -> None:
+        """Open it, and bring its tables up to date. Raises InvalidArgument, naming `store`, where that cannot be."""
+        try:
+            parsed = sa.make_url(url)
+            self._engine = sa.create_engine(parsed, pool_pre_ping=True)
+        except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
+            raise invalid("store", f"cannot open it: {error}") from error
+        self._lite = parsed.get_backend_name() == "sqlite"
+        self._path = Path(parsed.database or "jobs.db")
+        self._held: FileLock | sa.Connection | None = None
+        if self._lite:
+            sa.event.listen(self._engine, "connect", _configure)
+            sa.event.listen(self._engine, "begin", _begin)
+        self._migrated = False
+
+    def lock(self) -> None:
+        if self._lite:
+            self._held = FileLock(self._path.with_suffix(".lock"))
+        else:
+            # It is the connection's: the database lets go of it when this process ends, however that comes.
+            connection = self._connected()
+            got = connection.scalar(sa.select(sa.func.pg_try_advisory_lock(_LOCK_KEY)))
+            connection.commit()
+            if not got:
+                connection.close()
+                raise FailedPrecondition(Reason.STORE_IN_USE, "another trainer service runs on this store")
+            self._held = connection
+        # Not before: a newer service must not change the tables under one that runs.
+        with _told(), self._engine.begin() as connection:
+            _upgrade(connection)
+
+    def create(self, job_id: str, spec: JobSpec, request_id: str = "") -> Job:
+        now = time.time()
+        stored = spec.model_dump(mode="json", exclude_none=True)
+        with _told(), self._engine.begin() as connection:
+            if request_id:
+                query = sa.select(tables.jobs).where(tables.jobs.c.request_id == request_id)
+                if (row := connection.execute(query).one_or_none()) is not None:
+                    if row.spec != stored:
+                        raise invalid("request_id", f"{request_id!r} made another job before, {row.id}")
+                    return _job(row)
+            values = {"id": job_id, "request_id": request_id or None, "spec": stored, "create_time": now}
+            added = connection.execute(tables.jobs.insert().values(**values, state=JobState.QUEUED))
+            number = added.inserted_primary_key[0]  # type: ignore[index]  # an insert of one row has it
+            if spec.labels:
+                rows = [{"job": number, "key": key, "value": value} for key, value in spec.labels.items()]
+                connection.execute(tables.labels.insert(), rows)
+            state = {"state": JobState.QUEUED, "reason": ""}
+            return self._append(
+                connection, _locked(connection, job_id), [Event(EventKind.STATE, now, 0, state)]
+            )
+
+    def get(self, job_id: str) -> Job:
+        with _told(), self._reading() as connection:
+            return _job(_row(connection, job_id))
+
+    def find(
+        self,
+        *,
+        states: Collection[JobState] = (),
+        labels: Mapping[str, str] | None = None,
+        limit: int = 0,
+        before: int = 0,
+    ) -> list[Job]:
+        query = sa.select(tables.jobs).order_by(tables.jobs.c.number.desc())
+        if states:
+            query = query.where(tables.jobs.c.state.in_(list(states)))
+        if before:
+            query = query.where(tables.jobs.c.number < before)
+        for key, value in (labels or {}).items():
+            having = sa.select(tables.labels.c.job).where(
+                tables.labels.c.key == key, tables.labels.c.value == value
+            )
+            query = query.where(tables.jobs.c.number.in_(having))
+        if limit:
+            query = query.limit(limit)
+        with _told(), self._reading() as connection:
+            return [_job(row) for row in connection.execute(query)]
+
+    def move(self, job_id: str, move: Move, reason: str = "", **changes: Any) -> Job:
+        with _told(), self._engine.begin() as connection:
+            row = _locked(connection, job_id)
+            old = JobState(row.state)
+            new = after(job_id, old, move)
+            if new is old:
+                return _job(row)
+            body = {"old_state": old, "state": new, "reason": reason}
+            event = Event(EventKind.STATE, time.time(), changes.get("attempt", row.attempt), body)
+            return self._append(connection, row, [event], state=new, reason=reason, **changes)
+
+    def append(self, job_id: str, events: Sequence[Event], **changes: Any) -> Job:
+        with _told(), self._engine.begin() as connection:
+            return self._append(connection, _locked(connection, job_id), events, **changes)
+
+    def events(
+        self, job_id: str, after: int = 0, kinds: Collection[EventKind] = (), limit: int = 500
+    ) -> list[Event]:
+        number = sa.select(tables.jobs.c.number).where(tables.jobs.c.id == job_id).scalar_subquery()
+        query = (
+            sa.select(tables.events)
+            .where(tables.events.c.job == number, tables.events.c.sequence > after)
+            .order_by(tables.events.c.sequence)
+            .limit(limit)
+        )
+        if kinds:
+            query = query.where(tables.events.c.kind.in_(list(kinds)))
+        with _told(), self._reading() as connection:
+            return [
+                Event(EventKind(row.kind), row.time, row.attempt, row.body, row.sequence)
+                for row in connection.execute(query)
+            ]
+
+    def delete(self, job_id: str) -> None:
+        with _told(), self._engine.begin() as connection:
+            number = _locked(connection, job_id).number
+            for table in (tables.events, tables.labels):
+                connection.execute(table.delete().where(table.c.job == number))
+            connection.execute(tables.jobs.delete().where(tables.jobs.c.number == number))
+
+    def close(self) -> None:
+        if self._held is not None:
+            self._held.close()
+            self._held = None
+        self._engine.dispose()
+
+    def _append(
+        self, connection: sa.Connection, row: sa.Row[Any], events: Sequence[Event], **changes: Any
+    ) -> Job:
+        first = row.last_sequence + 1
+        rows = [
+            {
+                "job": row.number,
+                "sequence": sequence,
+                "kind": event.kind,
+                "time": event.time,
+                "attempt": event.attempt,
+                "body": dict(event.body),
+            }
+            for sequence, event in enumerate(events, first)
+        ]
+        if rows:
+            connection.execute(tables.events.insert(), rows)
+        if "offsets" in changes:
+            changes["offsets"] = dataclasses.asdict(changes["offsets"])
+        changes["last_sequence"] = row.last_sequence + len(rows)
+        update = tables.jobs.update().where(tables.jobs.c.number == row.number).values(**changes)
+        connection.execute(update)
+        return _job(_row(connection, row.id))
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[sa.Connection]:
+        """A connection that takes no lock: one statement of SQLite's sees one state of the file by itself."""
+        with self._engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            yield connection
+
+    def _connected(self) -> sa.Connection:
+        try:
+            return self._engine.connect()
+        except DBAPIError as error:
+            raise invalid("store", f"cannot open it: {error.orig}") from error
+
+
+def _configure(connection: Any, record: Any) -> None:
+    connection.isolation_level = None  # transactions begin below, not where the driver thinks best
+    cursor = connection.cursor()
+    cursor.execute(f"PRAGMA busy_timeout = {int(_BUSY_S * 1000)}")
+    cursor.execute("PRAGMA journal_mode = WAL")
+    cursor.execute("PRAGMA synchronous = FULL")  # a job that was answered for outlives a power cut
+    cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.close()
+
+
+def _begin(connection: sa.Connection) -> None:
+    if connection.get_isolation_level() != "AUTOCOMMIT":
+        # At once for writing: a lock that is raised later fails where two transactions read first.
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _upgrade(connection: sa.Connection) -> None:
+    import alembic.command
+    import alembic.config
+
+    config = alembic.config.Config()
+    config.set_main_option("script_location", "trainer_service.jobs:migrations")
+    config.set_main_option("path_separator", "os")
+    config.attributes["connection"] = connection
+    alembic.command.upgrade(config, "head")
+
+
+def _row(connection: sa.Connection, job_id: str, *, lock: bool = False) -> sa.Row[Any]:
+    query = sa.select(tables.jobs).where(tables.jobs.c.id == job_id)
+    row = connection.execute(query.with_for_update() if lock else query).one_or_none()
+    if row is None:
+        raise NotFound(Reason.JOB_NOT_FOUND, f"there is no job {job_id!r}", metadata={"job_id": job_id[:128]})
+    return row
+
+
+def _locked(connection: sa.Connection, job_id: str) -> sa.Row[Any]:
+    return _row(connection, job_id, lock=True)
+
+
+def _job(row: sa.Row[Any]) -> Job:
+    values = dict(row._mapping)
+    del values["request_id"]
+    return Job(
+        **values
+        | {
+            "spec": JobSpec.model_validate(values["spec"]),
+            "state": JobState(values["state"]),
+            "offsets": Offsets(**values["offsets"]),
+            "gpus": tuple(values["gpus"]),
+        }
+    )
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """A full disk as an error that says so. The transaction was rolled back by then."""
+    try:
+        yield
+    except DBAPIError as error:
+        text = f"{error.orig} {getattr(error.orig, 'sqlstate', '')}".lower()
+        if any(sign in text for sign in _FULL):
+            raise ResourceExhausted(
+                Reason.DISK_FULL, "the disk of the store is full: nothing was changed"
+            ) from error
+        raise
