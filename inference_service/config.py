@@ -31,6 +31,11 @@ class InferenceSettings(ServiceSettings):
     tables: ClassVar[tuple[str, ...]] = ("engine",)
 
     model: str = Field(description="The checkpoint to start from: a folder, or a name that vLLM can resolve.")
+    reference_model: str | None = Field(
+        None,
+        description="A second model, whose logits rollouts may mix with the policy's: Nash-MD and XPO need it. "
+        "Mostly the same checkpoint as model.",
+    )
     addresses: list[str] = Field(
         default_factory=_default_addresses,
         description="Where to serve: unix:///path or host:port. A Unix socket is open to this user alone.",

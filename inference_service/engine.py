@@ -69,9 +69,11 @@ class Engine:
         self._tokenizing = ThreadPoolExecutor(1, "tokenizer")  # fast tokenizers aren't safe in two threads
 
     @classmethod
-    async def start(cls, model: str, arguments: dict[str, Any], timeout_s: float = 60.0) -> Engine:
-        """Load `model` with vLLM's engine `arguments`. Raises as `launch` does."""
-        return cls(await launch(model, arguments), timeout_s)
+    async def start(
+        cls, model: str, arguments: dict[str, Any], timeout_s: float = 60.0, *, reference: str = ""
+    ) -> Engine:
+        """Load `model` with vLLM's engine `arguments`, and the `reference` model. Raises as `launch` does."""
+        return cls(await launch(model, arguments, reference), timeout_s)
 
     def stop_listening(self) -> None:
         """Take no more outputs: vLLM's handler would report the end of the engine's processes as an error."""

@@ -22,6 +22,10 @@ os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
 # By name, since these modules belong into the worker processes alone.
 _EXTENSION = "inference_service.worker.TandemWorker"
 _CPU_EXTENSION = "inference_service.cpu_worker.TandemCpuWorker"
+_MIXTURE = "inference_service.mixture:Mixture"
+#: Where SamplingParams.extra_args has a mixture's coefficient, and VllmConfig.additional_config the reference's folder.
+COEFFICIENT = "tandem_mixture_coef"
+REFERENCE = "tandem_reference_model"
 _LOAD_FORMAT = "tandem"
 
 #: Arguments that Tandem must have its way with.
@@ -42,6 +46,7 @@ class ModelInfo:
     logprobs_mode: str
     max_logprobs: int
     vllm_version: str
+    reference_model: str = ""
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,10 @@ class Launched:
     stats: EngineStats
 
 
-async def launch(model: str, arguments: dict[str, Any]) -> Launched:
-    """Load `model` with vLLM's engine `arguments`. If the caller is cancelled, the start goes on without it.
+async def launch(model: str, arguments: dict[str, Any], reference: str = "") -> Launched:
+    """Load `model` with vLLM's engine `arguments`, and the `reference` model for mixtures if there shall be one.
+
+    If the caller is cancelled, the start goes on without it.
 
     Raises:
         InvalidArgument: vLLM refuses an argument, or there is no such model. Names each.
@@ -74,7 +81,7 @@ async def launch(model: str, arguments: dict[str, Any]) -> Launched:
     def run() -> None:
         result: Launched | Exception
         try:
-            result = _launch(model, arguments)
+            result = _launch(model, arguments, reference)
         except Exception as error:  # noqa: BLE001  # handed over
             result = error
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
@@ -85,11 +92,13 @@ async def launch(model: str, arguments: dict[str, Any]) -> Launched:
     return await launched
 
 
-def _launch(model: str, arguments: dict[str, Any]) -> Launched:
+def _launch(model: str, arguments: dict[str, Any], reference: str) -> Launched:
     for name in OWN_ARGUMENTS:
         if name in arguments:
             raise invalid(f"engine.{name}", "the service sets this argument itself")
     path = _checked(model)
+    if reference:
+        arguments = _with_reference(arguments, _checked(reference, "reference_model"))
     orphans.adopt()
     import vllm
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -110,19 +119,29 @@ def _launch(model: str, arguments: dict[str, Any]) -> Launched:
         logprobs_mode=str(model_config.logprobs_mode),
         max_logprobs=model_config.max_logprobs,
         vllm_version=vllm.__version__,
+        reference_model=reference,
     )
     return Launched(llm, info, stats)
 
 
-def _checked(model: str) -> str:
+def _with_reference(arguments: dict[str, Any], reference: str) -> dict[str, Any]:
+    if arguments.get("tensor_parallel_size", 1) != 1 or arguments.get("pipeline_parallel_size", 1) != 1:
+        raise invalid("reference_model", "only in an engine of one worker")
+    return arguments | {
+        "logits_processors": [*(arguments.get("logits_processors") or ()), _MIXTURE],
+        "additional_config": (arguments.get("additional_config") or {}) | {REFERENCE: reference},
+    }
+
+
+def _checked(model: str, field: str = "model") -> str:
     """The model as vLLM shall have it. Folders are looked into here: vLLM takes seconds to load, and says less."""
     if not model.startswith(("/", ".", "~")):
         return model
     path = os.path.expanduser(model)
     if not os.path.isdir(path):
-        raise invalid("model", f"no folder {model!r}")
+        raise invalid(field, f"no folder {model!r}")
     if not any(os.path.isfile(os.path.join(path, name)) for name in ("config.json", "params.json")):
-        raise invalid("model", f"no config.json in {model!r}")
+        raise invalid(field, f"no config.json in {model!r}")
     return path
 
 

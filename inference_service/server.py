@@ -83,7 +83,12 @@ async def serve(settings: InferenceSettings) -> None:
 
 async def _load(settings: InferenceSettings, host: Host, serving: Serving) -> asyncio.Task[None]:
     """Load the model and serve it. Returns the task that watches the engine: done if it died, else cancelled."""
-    engine = await Engine.start(settings.model, settings.engine, settings.engine_timeout_s)
+    engine = await Engine.start(
+        settings.model,
+        settings.engine,
+        settings.engine_timeout_s,
+        reference=settings.reference_model or "",
+    )
     try:
         arenas = await collect(engine)
         policy = Policy(engine, arenas)

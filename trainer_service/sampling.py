@@ -23,6 +23,7 @@ _SCALARS = frozenset(
         "seed",
         "ignore_eos",
         "skip_special_tokens",
+        "mixture_coef",
     }
 )
 _LISTS = frozenset({"stop", "stop_token_ids", "bad_words", "allowed_token_ids"})

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from inference_service.launch import ModelInfo
+from inference_service.launch import COEFFICIENT, ModelInfo
 from inference_service.refusals import named
-from tandem.errors import invalid
+from tandem.errors import FailedPrecondition, Reason, invalid
 from tandem.inference.v1 import inference_pb2 as pb
 
 _PLAIN = (
@@ -31,6 +31,7 @@ def sampling_params(request: pb.GenerateRequest, info: ModelInfo) -> Any:
 
     Raises:
         InvalidArgument: names the field.
+        FailedPrecondition: REFERENCE_OFF.
     """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -46,6 +47,7 @@ def sampling_params(request: pb.GenerateRequest, info: ModelInfo) -> Any:
         values["logprobs"] = message.top_logprobs
     elif message.top_logprobs:
         raise invalid("sampling.top_logprobs", "not with no_logprobs")
+    values |= _mixture(request, info)
     if request.output_mode not in pb.OutputMode.values():
         raise invalid("output_mode", f"no OutputMode {request.output_mode}")
     deltas = request.output_mode == pb.OUTPUT_MODE_DELTAS
@@ -77,6 +79,24 @@ def score_params(request: pb.ScoreRequest, info: ModelInfo) -> Any:
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
+
+
+def _mixture(request: pb.GenerateRequest, info: ModelInfo) -> dict[str, Any]:
+    message, field = request.sampling, "sampling.mixture_coef"
+    coefficient = message.mixture_coef
+    if not 0 <= coefficient <= 1:
+        raise invalid(field, f"must be in [0, 1], got {coefficient}")
+    if not coefficient:
+        return {}
+    if not info.reference_model:
+        raise FailedPrecondition(
+            Reason.REFERENCE_OFF, "start the service with reference_model to mix with it"
+        )
+    if message.logit_bias:
+        raise invalid("sampling.logit_bias", "not with mixture_coef")
+    if any(prompt.images for prompt in request.prompts):
+        raise invalid(field, "not for prompts with images")
+    return {"extra_args": {COEFFICIENT: coefficient}}
 
 
 def _structured(message: pb.SamplingParams) -> Any:

@@ -32,6 +32,7 @@ def test_every_parameter_arrives() -> None:
         "logprobs": 3,
         "structured_outputs": {"regex": "[0-9]+"},
         "skip_special_tokens": False,
+        "mixture_coef": 0.5,
     }
     params = sampling_params(values)
     assert params == pb.SamplingParams(
