@@ -31,3 +31,19 @@ def llama(checkpoints: dict[str, Path]) -> Iterator[Service]:
     with tempfile.TemporaryDirectory(prefix="tdm") as folder:
         with inference_service(checkpoints["llama"], Path(folder)) as service:
             yield service
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint beside which `mixed` serves the tiny Llama: the same, with other weights."""
+    return models.make(tmp_path_factory.mktemp("reference"), "llama", seed=1)
+
+
+@pytest.fixture(scope="session")
+def mixed(checkpoints: dict[str, Path], reference: Path) -> Iterator[Service]:
+    """The tiny Llama in float32 with a reference model. For tests that leave it as `llama`."""
+    with tempfile.TemporaryDirectory(prefix="tdm") as folder:
+        with inference_service(
+            checkpoints["llama"], Path(folder), f"--reference-model={reference}", dtype="float32"
+        ) as service:
+            yield service
