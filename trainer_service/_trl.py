@@ -8,19 +8,30 @@ Modules that the program imported from TRL before are left as they are.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from trl import import_utils
 
-_really = import_utils.is_vllm_available
-import_utils.is_vllm_available = lambda min_version=None: False
-try:
+
+@contextmanager
+def without_vllm() -> Iterator[None]:
+    """Have TRL's modules that are imported in here find no vLLM."""
+    really = import_utils.is_vllm_available
+    import_utils.is_vllm_available = lambda min_version=None: False
+    try:
+        yield
+    finally:
+        import_utils.is_vllm_available = really
+
+
+with without_vllm():
     from trl.generation.vllm_generation import VLLMGeneration
     from trl.trainer.grpo_config import GRPOConfig
     from trl.trainer.grpo_trainer import GRPOTrainer as TrlGRPOTrainer
     from trl.trainer.rloo_config import RLOOConfig
     from trl.trainer.rloo_trainer import RLOOTrainer as TrlRLOOTrainer
     from trl.trainer.utils import get_config_model_id
-finally:
-    import_utils.is_vllm_available = _really
 
 __all__ = [
     "GRPOConfig",
@@ -29,4 +40,5 @@ __all__ = [
     "TrlRLOOTrainer",
     "VLLMGeneration",
     "get_config_model_id",
+    "without_vllm",
 ]

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -75,6 +75,11 @@ class RemoteGeneration(VLLMGeneration):
         self.vllm_client = SimpleNamespace(get_server_info=lambda: server_info)
         self.accelerator.wait_for_everyone()
 
+    @property
+    def weight_version(self) -> int:
+        """The version that the engine must hold now; 0 before the first sync."""
+        return self.weights.weight_version if self.weights is not None else self._version
+
     def sync_weights(self) -> None:
         """Have the engine hold the policy. Every rank returns when it does; all raise where it failed."""
         version, failure = 0, ""
@@ -130,28 +135,35 @@ class RemoteGeneration(VLLMGeneration):
             tokens, 1) where `self.logprobs` is 0, up to N + 1 where it is N, the most probable first, or None
             where it is None.
         """
+        with profiler or nullcontext():
+            rollouts = self.rollouts(prompts, images)
+        completion_ids = [list(rollout.token_ids) for rollout in rollouts]
+        if not self._wants_logprobs():
+            return prompts, completion_ids, None, None
+        pairs = [_logprobs(rollout) for rollout in rollouts]
+        return prompts, completion_ids, [pair[1] for pair in pairs], [pair[0] for pair in pairs]
+
+    def rollouts(
+        self,
+        prompts: Sequence[Sequence[int]],
+        images: Sequence[Sequence[Any] | None] | None = None,
+        **values: Any,
+    ) -> list[pb.Rollout]:
+        """One rollout for each row of `prompts`, in order. `values` are sampling parameters of this call alone."""
         started = time.perf_counter()
         keys, rows = _group(prompts, images)
         groups = [
             Group(prompts[members[0]], len(members), key[1]) for key, members in zip(keys, rows, strict=True)
         ]
-        with profiler or nullcontext():
-            if self.enable_sleep_mode:
-                self.client.wake_up()
-            rollouts = self._generate(groups)
-        done: list[pb.Rollout | None] = [None] * len(prompts)
-        for members, group in zip(rows, rollouts, strict=True):
-            for row, rollout in zip(members, group, strict=True):
-                done[row] = rollout
-        ordered = [rollout for rollout in done if rollout is not None]
-        completion_ids = [list(rollout.token_ids) for rollout in ordered]
+        if self.enable_sleep_mode:
+            self.client.wake_up()
+        done: dict[int, pb.Rollout] = {}
+        for members, group in zip(rows, self._generate(groups, self._sampling(values)), strict=True):
+            done |= zip(members, group, strict=True)
         self.calls += 1
-        tokens = sum(map(len, completion_ids))
+        tokens = sum(len(rollout.token_ids) for rollout in done.values())
         self._metrics["tandem/tokens_per_second"].append(tokens / (time.perf_counter() - started))
-        if not self._wants_logprobs():
-            return prompts, completion_ids, None, None
-        pairs = [_logprobs(rollout) for rollout in ordered]
-        return prompts, completion_ids, [pair[1] for pair in pairs], [pair[0] for pair in pairs]
+        return [done[row] for row in range(len(prompts))]
 
     def drain_metrics(self) -> dict[str, list[float]]:
         """What happened since the last call, by the name in TRL's logs. Counts are this rank's own."""
@@ -165,9 +177,8 @@ class RemoteGeneration(VLLMGeneration):
             metrics["tandem/weight_version"] = [float(self.weights.weight_version)]
         return metrics
 
-    def _generate(self, groups: list[Group]) -> list[list[pb.Rollout]]:
+    def _generate(self, groups: list[Group], sampling: pb.SamplingParams) -> list[list[pb.Rollout]]:
         """Rollouts of the version that was synced last, if need be from an engine that came back."""
-        sampling = self._sampling()
         wanted = self._wants_logprobs()
         for left in reversed(range(ATTEMPTS)):
             try:
@@ -177,13 +188,13 @@ class RemoteGeneration(VLLMGeneration):
                 if not left or not (is_gone(error) or error.reason in _TRY_AGAIN):
                     raise
                 logger.warning("generation failed, trying again: %s", error)
-                self._recover(error)
+                self.recover(error)
             else:
                 return rollouts
         raise AssertionError  # the loop returns or raises
 
     def _check(self, rollouts: list[list[pb.Rollout]]) -> None:
-        expected = self.weights.weight_version if self.weights is not None else self._version
+        expected = self.weight_version
         for rollout in (rollout for group in rollouts for rollout in group):
             if rollout.finish_reason == pb.FINISH_REASON_ABORTED or not rollout.token_ids:
                 raise Unavailable(Reason.INTERRUPTED, "Rollouts were aborted: somebody paused the engine.")
@@ -195,7 +206,8 @@ class RemoteGeneration(VLLMGeneration):
                     "synced last: the engine was restarted, or has another trainer.",
                 )
 
-    def _recover(self, error: TandemError) -> None:
+    def recover(self, error: TandemError) -> None:
+        """Wait until the engine may give what it refused with `error`: it is free again, or holds the policy."""
         if error.reason == Reason.QUEUE_FULL:
             time.sleep(error.retry_after or 1.0)
         elif self.weights is not None:
@@ -240,8 +252,8 @@ class RemoteGeneration(VLLMGeneration):
     def _wants_logprobs(self) -> bool:
         return self._values()["logprobs"] is not None
 
-    def _sampling(self) -> pb.SamplingParams:
-        params = sampling_params(self._values())
+    def _sampling(self, values: Mapping[str, Any] | None = None) -> pb.SamplingParams:
+        params = sampling_params(self._values() | dict(values or {}))
         if params.HasField("seed"):
             # Rollouts of one group may be on several ranks: equal seeds would make them equal.
             params.seed += self.accelerator.process_index * SEEDS_PER_RANK

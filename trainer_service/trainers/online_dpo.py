@@ -1,0 +1,123 @@
+"""Online DPO over an inference service."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from tandem.errors import invalid
+from trainer_service._trl_experimental import OnlineDPOConfig, TrlOnlineDPOTrainer
+from trainer_service.rewards import JudgeReward, PairwiseJudge
+from trainer_service.trainers.mixin import replaced
+from trainer_service.trainers.pairs import PairMixin, check_schedule
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset  # type: ignore[import-untyped]
+    from peft import PeftConfig
+    from transformers import (
+        DataCollator,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        ProcessorMixin,
+        TrainerCallback,
+    )
+    from transformers.trainer_utils import EvalPrediction
+    from trl.experimental.online_dpo.online_dpo_trainer import RewardFunc
+
+
+class OnlineDPOTrainer(PairMixin, TrlOnlineDPOTrainer):  # type: ignore[misc]  # theirs is narrower
+    """TRL's OnlineDPOTrainer (Guo et al. 2024, https://arxiv.org/abs/2402.04792), with both completions of each prompt
+    from the inference service at `inference_address`.
+
+    `args.vllm_mode` is as GRPOTrainer has it, and `args.use_vllm` is not read. `beta` may be a list, one for each
+    epoch: TRL's own stops with a TypeError there. Evaluation gives the loss and the same statistics as training.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | torch.nn.Module | str,
+        ref_model: PreTrainedModel | torch.nn.Module | None = None,
+        reward_funcs: RewardFunc | list[RewardFunc] | None = None,
+        args: OnlineDPOConfig | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
+        peft_config: PeftConfig | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, Any]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (
+            None,
+            None,
+        ),
+        preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        *,
+        judge: PairwiseJudge | None = None,
+        inference_address: str | None = None,
+        inference_token: str | None = None,
+    ) -> None:
+        """TRL's arguments, GRPOTrainer's of the service, and:
+
+        Args:
+            judge: says which of two completions is better, in place of `reward_funcs`.
+
+        Raises:
+            InvalidArgument: as GRPOTrainer; or both of judge and reward_funcs, or neither; or a schedule of `args` that
+                has more values than there are epochs.
+        """
+        if args is None:
+            raise invalid("args", f"{type(self).__name__} needs its configuration")
+        if (judge is None) == (reward_funcs is None):
+            raise invalid("judge", "give it or reward_funcs, and not both")
+        self._check(args, train_dataset)
+
+        def init() -> None:
+            super(OnlineDPOTrainer, self).__init__(
+                model=model,
+                ref_model=ref_model,
+                reward_funcs=reward_funcs if judge is None else [cast(Any, JudgeReward(judge))],
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                reward_processing_classes=reward_processing_classes,
+                peft_config=peft_config,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=cast(Any, optimizers),
+                preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            )
+
+        self._judged = judge is not None
+        self._start(init, args, inference_address, inference_token)
+
+    def _check(self, args: Any, dataset: Any) -> None:
+        check_schedule("beta", args.beta, args)
+        if dataset is not None and (names := dataset.column_names) and "prompt" not in names:
+            raise invalid("train_dataset", f"has no column 'prompt', but {', '.join(names)}")
+
+    @property
+    def beta(self) -> float:
+        """This epoch's."""
+        return self._scheduled(self._beta)
+
+    def training_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor | Any],
+        num_items_in_batch: Any = None,
+    ) -> torch.Tensor:
+        """TRL's, whose own branch for vLLM loses the mask of the prompts' padding, and the images."""
+        with replaced(self.args, {"use_vllm": False}):
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def _generate(self, model: torch.nn.Module, prompts: list[Any], images: list[Any] | None = None) -> Any:
+        # Rows as the loss wants them: the first completion of every prompt, then the second.
+        batch = self._prompts([*prompts, *prompts], [*images, *images] if images is not None else None)
+        ids, mask = self._completions(batch)
+        self._rest()
+        return batch.ids, batch.mask, ids, mask, batch.vision
