@@ -57,4 +57,4 @@ bench: setup ## Measure beside vLLM and TRL: figures to benchmarks/results, tabl
 	$(BIN)/python -m benchmarks
 
 clean: ## Remove what was built; .venv and out/ too
-	rm -rf $(VENV) build out *.egg-info weight_transfer/*.so tandem/engine tandem/inference tandem/trainer tandem/weights
+	rm -rf $(VENV) build out *.egg-info weight_transfer/*.so tandem/engine tandem/inference tandem/reward tandem/trainer tandem/weights

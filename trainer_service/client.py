@@ -107,6 +107,7 @@ class InferenceClient:
         sampling: pb.SamplingParams | Mapping[str, Any] | None = None,
         *,
         logprobs: bool = True,
+        text: bool = False,
         lora: str = "",
         timeout_s: float = 3600.0,
     ) -> list[list[pb.Rollout]]:
@@ -116,6 +117,7 @@ class InferenceClient:
             batch: prompts; a plain (token_ids, n) pair will do.
             sampling: how, as the message or under vLLM's names.
             logprobs: whether each token's logprob is sent.
+            text: whether the text is sent too.
             lora: a loaded adapter to sample with.
             timeout_s: deadline in seconds of the whole batch.
 
@@ -136,6 +138,7 @@ class InferenceClient:
                 prompts=prompts[part.start : part.stop],
                 sampling=params,
                 output_mode=pb.OUTPUT_MODE_FINISHED,
+                include_text=text,
                 no_logprobs=not logprobs,
                 lora=lora,
             )
@@ -177,6 +180,18 @@ class InferenceClient:
             raise Internal(Reason.BUG, f"The service scored {len(scores)} of {len(sequences)} sequences.")
         return [scores[index] for index in range(len(sequences))]
 
+    def tokenize(
+        self, texts: Sequence[str | Sequence[Mapping[str, str]]], timeout_s: float | None = None
+    ) -> list[list[int]]:
+        """Get the token ids that the service makes of each of `texts`, with its special tokens.
+
+        Messages, each with role and content, are rendered with the model's template.
+        """
+        request = pb.TokenizeRequest(prompts=[_prompt(text) for text in texts])
+        with rpc.translated():
+            answer = self._inference.Tokenize(request, timeout=timeout_s or self._timeout_s)
+        return [list(prompt.ids) for prompt in answer.prompts]
+
     def sleep(self, timeout_s: float | None = None) -> None:
         """Have the engine free its KV cache, once what runs has ended. The weights stay, and take updates.
 
@@ -208,6 +223,12 @@ class InferenceClient:
             finally:
                 for _, call in calls:
                     call.cancel()
+
+
+def _prompt(text: str | Sequence[Mapping[str, str]]) -> pb.Prompt:
+    if isinstance(text, str):
+        return pb.Prompt(text=text)
+    return pb.Prompt(chat=pb.Chat(messages=[pb.ChatMessage(**message) for message in text]))
 
 
 def _parts(messages: Sequence[Any], limit: int) -> Iterator[range]:

@@ -37,6 +37,7 @@ MODULES = {
     ],
     "inference_service": ["inference_service.config"],
     "trainer_service": ["trainer_service.trainers"],
+    "trainer_service_rewards": ["trainer_service.rewards"],
 }
 """Modules by the name of the golden file that holds them."""
 

@@ -55,6 +55,7 @@ def test_the_generated_code_is_that_of_the_protos() -> None:
 
     from tandem.engine.v1 import engine_pb2
     from tandem.inference.v1 import inference_pb2
+    from tandem.reward.v1 import reward_pb2
     from tandem.trainer.v1 import job_pb2, trainer_pb2
     from tandem.weights.v1 import weights_pb2
 
@@ -62,7 +63,7 @@ def test_the_generated_code_is_that_of_the_protos() -> None:
     command = [BUF, "build", str(PROTOS), "--exclude-source-info", "--as-file-descriptor-set", "-o", "-"]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60, check=True).stdout
     files = {file.name: file for file in descriptor_pb2.FileDescriptorSet.FromString(built).file}
-    modules = [engine_pb2, inference_pb2, job_pb2, trainer_pb2, weights_pb2]
+    modules = [engine_pb2, inference_pb2, job_pb2, reward_pb2, trainer_pb2, weights_pb2]
     assert {name for name in files if name.startswith("tandem/")} == {m.DESCRIPTOR.name for m in modules}
     for module in modules:
         generated = descriptor_pb2.FileDescriptorProto.FromString(module.DESCRIPTOR.serialized_pb)
