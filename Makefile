@@ -7,7 +7,7 @@ SEED ?= 0
 LOCKS := $(wildcard requirements/*.txt)
 PROTOS := $(shell find protos -name '*.proto')
 BUILT_FROM := setup.py pyproject.toml $(PROTOS) $(wildcard csrc/*)
-CODE := tandem weight_transfer inference_service trainer_service benchmarks examples tests setup.py
+CODE := tandem weight_transfer inference_service trainer_service benchmarks examples clients tests setup.py
 
 .PHONY: help setup demo test test-gpu check fix bench clean
 

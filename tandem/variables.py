@@ -13,10 +13,15 @@ from tandem.settings import ServiceSettings
 #: Variables of Tandem's that are no service's settings.
 DOCUMENTED = (
     *(f"TANDEM_INFERENCE_{name}" for name in ("ADDRESS", "TOKEN", "CA_FILE", "CERT_FILE", "KEY_FILE")),
+    *(f"TANDEM_REWARD_{name}" for name in ("TOKEN", "CA_FILE", "CERT_FILE", "KEY_FILE")),
     *("TANDEM_SERVICE_PID", "TANDEM_JOB", "TANDEM_WERROR", "TANDEM_BUILD_JOBS"),
 )
 #: Under this prefix are settings of the trainer service, beside one of the inference service's own.
 TRAINER = "TANDEM_TRAINER_"
+#: Under these are settings of other services, though the inference service's own prefix is theirs too.
+_OTHERS = (TRAINER, "TANDEM_REWARD_")
+#: One of each that looks like another's slip.
+_NO_SLIPS = (f"{TRAINER}UIDS", "TANDEM_REWARD_TOKEN_FILE")
 _NEAR = 0.9
 
 _log = structlog.get_logger("tandem.settings")
@@ -41,8 +46,10 @@ def unknown_variables(
         if not upper.startswith("TANDEM_") or upper in known or upper.startswith(tables):
             continue
         near = difflib.get_close_matches(upper, sorted(known), n=1, cutoff=_NEAR)
-        own = upper.startswith(prefix) and not (prefix != TRAINER and upper.startswith(TRAINER))
-        if (own or near) and upper != f"{TRAINER}UIDS":
+        own = upper.startswith(prefix) and not upper.startswith(
+            tuple(other for other in _OTHERS if other != prefix)
+        )
+        if (own or near) and upper not in _NO_SLIPS:
             found[name] = near[0] if near else ""
     return found
 

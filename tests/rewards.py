@@ -56,10 +56,6 @@ def held(completions: list[str], **_: Any) -> list[float]:
     return [float(len(completion)) for completion in completions]
 
 
-def too_few(completions: list[Any], **_: Any) -> list[float]:
-    return [1.0] * (len(completions) - 1)
-
-
 @dataclass
 class Served:
     """A reward service in a process of its own."""

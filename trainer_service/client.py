@@ -228,7 +228,8 @@ class InferenceClient:
 def _prompt(text: str | Sequence[Mapping[str, str]]) -> pb.Prompt:
     if isinstance(text, str):
         return pb.Prompt(text=text)
-    return pb.Prompt(chat=pb.Chat(messages=[pb.ChatMessage(**message) for message in text]))
+    messages = [pb.ChatMessage(role=message["role"], content=message["content"]) for message in text]
+    return pb.Prompt(chat=pb.Chat(messages=messages))
 
 
 def _parts(messages: Sequence[Any], limit: int) -> Iterator[range]:

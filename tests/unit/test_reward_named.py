@@ -169,6 +169,9 @@ def test_what_a_trainer_is_given() -> None:
     assert asyncio.run(found[1](prompts=["p"], completions=["ab"], completion_ids=[[1]])) == [2.0]
     assert prepared(rewards.length)[0].__name__ == "length"
     assert prepared(None) == []
+    with pytest.raises(InvalidArgument, match=r"reward_funcs\[1\]: awaited is async"):
+        prepared(given, awaits=False)
+    assert len(prepared([rewards.length], awaits=False)) == 1
     with pytest.raises(
         InvalidArgument, match=r"reward_funcs\[0\]: seen needs times, and the dataset has only prompt"
     ):

@@ -241,7 +241,7 @@ def test_nobody_there_is_told_in_time_and_with_the_address(remote: Make) -> None
         begin = time.monotonic()
         with pytest.raises(Unavailable, match="is down") as caught:
             call()
-        assert time.monotonic() - begin < 1.5
+        assert time.monotonic() - begin < 2.5
         assert caught.value.reason is Reason.UNREACHABLE
         assert function.address in caught.value.message
 
@@ -268,7 +268,7 @@ def test_one_that_does_not_answer_is_not_waited_for_longer_than_it_may(serve: Se
         begin = time.monotonic()
         with pytest.raises(DeadlineExceeded, match=r"scripted at unix:///.* has not answered in 0\.4 s"):
             remote(timeout_s=0.4)(["p"], ["x"])
-        assert time.monotonic() - begin < 1.4
+        assert time.monotonic() - begin < 2.4
     finally:
         go.set()
 

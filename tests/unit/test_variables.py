@@ -10,6 +10,7 @@ from pydantic_settings import SettingsConfigDict
 from inference_service.config import InferenceSettings
 from tandem.settings import ServiceSettings
 from tandem.variables import unknown_variables, warn_of_unknown
+from trainer_service.rewards.config import RewardSettings
 
 
 class Trainer(ServiceSettings):
@@ -29,6 +30,8 @@ class Trainer(ServiceSettings):
         (InferenceSettings, "TANDEM_NONSENSE", ""),
         (InferenceSettings, "tandem_grase_s", "TANDEM_GRACE_S"),
         (InferenceSettings, "TANDEM_TRAINR_UIDS", "TANDEM_TRAINER_UIDS"),
+        (InferenceSettings, "TANDEM_REWARD_TOKN", "TANDEM_REWARD_TOKEN"),
+        (RewardSettings, "TANDEM_REWARD_WORKRS", "TANDEM_REWARD_WORKERS"),
         (Trainer, "TANDEM_TRAINER_MAX_RUNING", "TANDEM_TRAINER_MAX_RUNNING"),
         (Trainer, "TANDEM_TRAINER_NONSENSE", ""),
         (Trainer, "TANDEM_TRANER_MAX_RUNNING", "TANDEM_TRAINER_MAX_RUNNING"),
@@ -47,6 +50,11 @@ def test_a_slip_is_named(settings: type[ServiceSettings], name: str, near: str) 
         (InferenceSettings, "TANDEM_TRAINER_UIDS"),
         (InferenceSettings, "TANDEM_TRAINER_MAX_RUNING"),  # the other service's to tell
         (InferenceSettings, "TANDEM_INFERENCE_TOKEN"),
+        (InferenceSettings, "TANDEM_REWARD_TOKEN_FILE"),
+        (RewardSettings, "TANDEM_REWARD_TOKEN"),
+        (RewardSettings, "TANDEM_REWARD_TOKEN_FILE"),
+        (RewardSettings, "TANDEM_TRAINER_MAX_RUNING"),
+        (Trainer, "TANDEM_REWARD_WORKERS"),
         (InferenceSettings, "PATH"),
         (Trainer, "TANDEM_TRAINER_CONFIG"),
         (Trainer, "TANDEM_TRAINER_UIDS"),

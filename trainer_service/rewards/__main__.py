@@ -9,6 +9,7 @@ import sys
 
 from tandem.cli import explain, run
 from tandem.logs import set_up_logging
+from tandem.variables import warn_of_unknown
 from trainer_service.rewards.config import RewardSettings
 
 
@@ -22,6 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     # There is mostly one.
     settings = RewardSettings.checked([re.sub("^--address(?==|$)", "--addresses", flag) for flag in given])
     set_up_logging(json=settings.log_json)
+    warn_of_unknown(RewardSettings)
     from trainer_service.rewards import server
     from trainer_service.rewards.named import function
 

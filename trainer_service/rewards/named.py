@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.errors import invalid
-from trainer_service.rewards.checks import RewardFunction, check_callable, checked
+from trainer_service.rewards.checks import RewardFunction, check_callable, checked, is_async, name_of
 from trainer_service.rewards.remote import RemoteReward, from_environment
 
 _NAME = r"[A-Za-z_][A-Za-z0-9_.]*"
@@ -24,12 +24,15 @@ _ON_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _MATH = "trl.rewards.accuracy_rewards"
 
 
-def prepared(reward_funcs: Any, *, columns: Collection[str] | None = None, reach: bool = True) -> list[Any]:
+def prepared(
+    reward_funcs: Any, *, columns: Collection[str] | None = None, awaits: bool = True, reach: bool = True
+) -> list[Any]:
     """What a trainer gives to TRL as `reward_funcs`.
 
     Args:
         reward_funcs: a function, a model, a name as `reward` takes it, a list of them, or None.
         columns: the dataset's columns, if they are known: a function that needs another one is told of.
+        awaits: whether the trainer awaits async functions. TRL's GRPOTrainer and RLOOTrainer do.
         reach: whether reward services are called, once, so that one that is down is told of now.
 
     Returns:
@@ -49,6 +52,8 @@ def prepared(reward_funcs: Any, *, columns: Collection[str] | None = None, reach
         if not isinstance(one, str | RemoteReward) and not _is_model(one):  # a service's are checked anyhow
             check_callable(one, field, columns)
             _check_math(one, field)
+            if is_async(one) and not awaits:
+                raise invalid(field, f"{name_of(one)} is async, and this trainer does not await it")
             one = checked(one, field=field)
         found.append(one)
     if reach:
