@@ -47,6 +47,11 @@ def seen(
     ]
 
 
+def variety(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """No two rollouts of a group earn the same for long."""
+    return [len(set(ids)) + 0.01 * (sum(ids) % 97) for ids in completion_ids]
+
+
 def held(completions: list[str], **_: Any) -> list[float]:
     """Writes that it is called, and returns when the file `go` is there."""
     folder = Path(os.environ["TANDEM_TEST_FOLDER"])

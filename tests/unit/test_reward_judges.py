@@ -12,6 +12,7 @@ import pytest
 from tandem.errors import InvalidArgument, Reason
 from tests import rewards
 from trainer_service.rewards import EngineJudge, JudgeReward, PairwiseJudge, RewardJudge
+from trainer_service.rewards import judge as named
 from trainer_service.rewards.engine_judge import _flat
 
 PROMPTS = ["p", "q", "r"]
@@ -143,3 +144,53 @@ def test_what_the_model_is_shown() -> None:
     ]
     assert _flat([{"role": "assistant", "content": None}]) == ""
     assert [m["role"] for m in EngineJudge(None, system="")._chat("p", "a", "b")] == ["user"]  # type: ignore[arg-type]
+
+
+THE_ONE = Told([0])
+
+
+@pytest.mark.parametrize(
+    ("spec", "arguments", "kind"),
+    [
+        ("reward", {"reward_func": "tests.rewards:length"}, RewardJudge),
+        ("reward", {"reward_func": "get_repetition_penalty_reward(ngram_size=2)"}, RewardJudge),
+        ("engine", {"address": "unix:///tmp/s", "system": "Judge.", "timeout_s": 3}, EngineJudge),
+        (f"{__name__}:Told", {"says": [1]}, Told),
+        (f"{__name__}:THE_ONE", None, Told),
+        (THE_ONE, None, Told),
+    ],
+    ids=str,
+)
+def test_a_judge_by_name(spec: Any, arguments: dict[str, Any] | None, kind: type) -> None:
+    assert isinstance(named(spec, arguments), kind)
+
+
+@pytest.mark.parametrize(
+    ("spec", "arguments", "why"),
+    [
+        ("nobody", {}, "'nobody' is no judge's name: give engine, reward or module:attribute"),
+        ("engine", {}, "needs the address"),
+        ("engine", {"address": "nowhere"}, "the judge engine: address: 'nowhere' has no port"),
+        ("engine", {"address": "unix:///tmp/s", "token_file": "/no/such"}, "cannot read /no/such"),
+        (
+            "engine",
+            {"address": "unix:///tmp/s", "temperature": 1},
+            "unexpected keyword argument 'temperature'",
+        ),
+        ("engine", {"address": "unix:///tmp/s", "question": "?"}, "question: needs"),
+        ("reward", {}, "missing 1 required positional argument"),
+        ("reward", {"reward_func": "owner/model"}, "is no function, but str"),
+        ("reward", {"reward_func": "tests.rewards:nothing"}, "tests.rewards has no nothing"),
+        ("tests.rewards:nothing", {}, "tests.rewards has no nothing"),
+        ("tests.rewards:ROOT", {}, "is neither a judge nor makes one"),
+        (f"{__name__}:Told", {}, "missing 1 required positional argument: 'says'"),
+        (f"{__name__}:THE_ONE", {"x": 1}, "is a judge by itself"),
+        (f"{__name__}:_flat", {"text": "x"}, "is no judge: it has no method"),
+        (3, {}, "3 is no judge"),
+    ],
+)
+def test_what_is_no_judge_is_told(spec: Any, arguments: dict[str, Any], why: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        named(spec, arguments, field="judge.name")
+    assert why in str(caught.value)
+    assert [v.field for v in caught.value.violations] == ["judge.name"]

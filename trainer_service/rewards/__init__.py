@@ -4,6 +4,7 @@ from trainer_service.rewards.checks import check_rows, checked
 from trainer_service.rewards.engine_judge import EngineJudge
 from trainer_service.rewards.judges import JudgeReward, PairwiseJudge, RewardJudge
 from trainer_service.rewards.named import builtin, prepared, reward
+from trainer_service.rewards.named_judges import judge
 from trainer_service.rewards.remote import RemoteReward
 from trainer_service.rewards.server import serve
 
@@ -16,6 +17,7 @@ __all__ = [
     "builtin",
     "check_rows",
     "checked",
+    "judge",
     "prepared",
     "reward",
     "serve",

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import difflib
-import importlib
-import operator
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -13,6 +10,7 @@ from typing import Any
 
 from tandem.errors import invalid
 from trainer_service.rewards.checks import RewardFunction, check_callable, checked, is_async, name_of
+from trainer_service.rewards.imported import attribute, literals, made
 from trainer_service.rewards.remote import RemoteReward, from_environment
 
 _NAME = r"[A-Za-z_][A-Za-z0-9_.]*"
@@ -101,14 +99,12 @@ def function(spec: str, *, field: str) -> RewardFunction:
         InvalidArgument: names `field`.
     """
     if match := _IN_MODULE.fullmatch(spec):
-        found: RewardFunction = _imported(match["module"], match["name"], field)
-        return (
-            found
-            if match["arguments"] is None
-            else _made(found, _literals(match["arguments"], spec, field), spec, field)
-        )
+        found = _function(match["module"], match["name"], field)
+        if match["arguments"] is None:
+            return found
+        return _of(found, literals(match["arguments"], spec, field), spec, field)
     if match := _WITH_ARGUMENTS.fullmatch(spec):
-        arguments = None if match["arguments"] is None else _literals(match["arguments"], spec, field)
+        arguments = None if match["arguments"] is None else literals(match["arguments"], spec, field)
         return builtin(match["name"], arguments, field=field)
     raise invalid(
         field,
@@ -138,9 +134,9 @@ def builtin(
             field,
             f"TRL has no reward {name!r}: {hint}; a model of the Hugging Face hub is written owner/name",
         )
-    found: RewardFunction = _imported("trl.rewards", name, field)
+    found = _function("trl.rewards", name, field)
     if name.startswith("get_"):
-        found = _made(found, arguments or {}, name, field)
+        found = _of(found, arguments or {}, name, field)
     elif arguments:
         raise invalid(field, f"{name} is a reward by itself, and takes no arguments")
     _check_math(found, field)
@@ -153,42 +149,18 @@ def _builtins() -> list[str]:
     return sorted(name for name in dir(rewards) if name.endswith("_reward") or name.startswith("get_"))
 
 
-def _imported(module: str, name: str, field: str) -> Any:
-    try:
-        found = importlib.import_module(module)
-    except Exception as error:  # of whatever the module runs
-        raise invalid(field, f"cannot import {module}: {type(error).__name__}: {error}") from error
-    try:
-        value = operator.attrgetter(name)(found)
-    except AttributeError as error:
-        near = difflib.get_close_matches(name, dir(found), n=1)
-        raise invalid(
-            field, f"{module} has no {name}{f'; did you mean {near[0]}?' if near else ''}"
-        ) from error
-    if not callable(value):
-        raise invalid(field, f"{module}:{name} is no function, but {type(value).__name__}")
-    return value
+def _function(module: str, name: str, field: str) -> RewardFunction:
+    found: RewardFunction = attribute(module, name, field)
+    if not callable(found):
+        raise invalid(field, f"{module}:{name} is no function, but {type(found).__name__}")
+    return found
 
 
-def _literals(arguments: str, spec: str, field: str) -> dict[str, Any]:
-    """What is within the parentheses: names with literals of Python's, of which nothing is run."""
-    try:
-        call = ast.parse(f"f{arguments}", mode="eval").body
-        if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
-            raise ValueError("only name=value is understood")
-        return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-    except (ValueError, SyntaxError) as error:
-        raise invalid(field, f"cannot read the arguments of {spec!r}: {error}") from error
-
-
-def _made(factory: Any, arguments: dict[str, Any], name: str, field: str) -> Any:
-    try:
-        made = factory(**arguments)
-    except (TypeError, ValueError) as error:
-        raise invalid(field, f"{name}: {error}") from error
-    if not callable(made):
-        raise invalid(field, f"{name} makes no function, but {type(made).__name__}")
-    return made
+def _of(factory: RewardFunction, arguments: dict[str, Any], name: str, field: str) -> RewardFunction:
+    found: RewardFunction = made(factory, arguments, name, field)
+    if not callable(found):
+        raise invalid(field, f"{name} makes no function, but {type(found).__name__}")
+    return found
 
 
 def _check_math(function: Any, field: str) -> None:
