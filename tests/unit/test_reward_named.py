@@ -22,6 +22,7 @@ from tandem.errors import InvalidArgument, Unavailable
 from tests import rewards
 from trainer_service import _trl
 from trainer_service.rewards import RemoteReward, builtin, prepared, reward
+from trainer_service.rewards.checks import EXTRAS, PASSED
 from trainer_service.rewards.named import _builtins
 
 SMALL = dict(
@@ -194,7 +195,13 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
 @pytest.mark.parametrize("theirs", [_trl.TrlGRPOTrainer, _trl.TrlRLOOTrainer])
 def test_trls_own_code_takes_them(theirs: Any, loop: asyncio.AbstractEventLoop) -> None:
     """What TRL does with reward functions, on what they are here."""
-    functions = prepared([rewards.length, rewards.awaited, lambda completions, **_: [None, 1.0]])
+    given: set[str] = set()
+
+    def spy(**arguments: Any) -> list[float | None]:
+        given.update(arguments)
+        return [None, 1.0]
+
+    functions = prepared([rewards.length, rewards.awaited, spy])
     trainer = SimpleNamespace(
         accelerator=SimpleNamespace(device=torch.device("cpu"), is_main_process=False),
         args=SimpleNamespace(report_to=[]),
@@ -208,7 +215,11 @@ def test_trls_own_code_takes_them(theirs: Any, loop: asyncio.AbstractEventLoop) 
         _log_metric=None,
         _metrics={"train": {}},
     )
-    found = theirs._calculate_rewards(trainer, [{"prompt": "p"}] * 2, ["p"] * 2, ["a", "bcd"], [[1], [2]])
+    found = theirs._calculate_rewards(
+        trainer, [{"prompt": "p", "answer": 4}] * 2, ["p"] * 2, ["a", "bcd"], [[1], [2]]
+    )
+    assert set(PASSED) <= given
+    assert given <= EXTRAS | {"answer"}, "a name that is no column's"
     assert torch.equal(found.nan_to_num(-1), torch.tensor([[1.0, 1.0, -1.0], [3.0, 3.0, 1.0]]))
 
 
