@@ -21,6 +21,7 @@ from tandem.inference.v1 import inference_pb2 as pb
 from trainer_service._trl import VLLMGeneration
 from trainer_service.client import WRITABLE, Group, InferenceClient, is_gone
 from trainer_service.sampling import sampling_params
+from trainer_service.shards import Gathering
 from trainer_service.weights import ATTEMPTS, PolicyWeights
 
 logger = logging.getLogger(__name__)
@@ -40,14 +41,23 @@ class RemoteGeneration(VLLMGeneration):
     llm: Any
     vllm_client: Any
 
-    def __init__(self, *args: Any, client: InferenceClient, weights: PolicyWeights | None, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        client: InferenceClient,
+        weights: PolicyWeights | None,
+        gathering: Gathering | None = None,
+        **kwargs: Any,
+    ):
         """Arguments are VLLMGeneration's, and:
 
         client: the service.
         weights: set in the main process only.
+        gathering: how ranks read a model together that is spread over them.
         """
         self.client = client
         self.weights = weights
+        self.gathering = gathering
         self.calls = 0
         self._version = 0  # what the last sync committed
         self._metrics: dict[str, list[float]] = defaultdict(list)
@@ -84,9 +94,13 @@ class RemoteGeneration(VLLMGeneration):
         """Have the engine hold the policy. Every rank returns when it does; all raise where it failed."""
         version, failure = 0, ""
         error: BaseException | None = None
+        together = self.gathering is not None and self.gathering.needed()
+        if self.weights is None and self.gathering is not None and together:
+            self.gathering.follow()
         if self.weights is not None:
             try:
-                self.weights.sync()
+                with self.gathering.leading() if self.gathering is not None and together else nullcontext():
+                    self.weights.sync()
                 version = self.weights.weight_version
             except BaseException as raised:  # noqa: BLE001  raised again below, after the others were told
                 error, failure = raised, str(raised) or type(raised).__name__

@@ -3,35 +3,49 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from tandem.errors import FailedPrecondition, Reason
+from trainer_service.shards import gathered, is_sharded, whole, whole_shape
 from weight_transfer.manifest import TensorSpec
 from weight_transfer.transports import SourceTensor
 
 #: Name, tensor, and identity of the tensor's owner: equal where parameters are tied.
 Walk = Iterator[tuple[str, SourceTensor, int]]
+
+
+class _Everything:
+    """Contains every name."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
+#: As `wanted`: tied tensors and buffers, whatever their names.
+EVERYTHING: Any = _Everything()
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
-def policy_tensors(model: nn.Module, wanted: Collection[str] = ()) -> list[SourceTensor]:
+def policy_tensors(model: nn.Module, wanted: Container[str] = ()) -> list[SourceTensor]:
     """List the tensors of `model`: each parameter once, and what else `wanted` names, tied or a buffer.
 
     LoRA adapters are merged into fresh tensors, one at a time, as they are read; the model itself is never
-    written. Frozen parameters are listed like any other.
+    written. Frozen parameters are listed like any other. What is spread over ranks (FSDP2, ZeRO-3) is gathered as it
+    is read, for which every rank must read the same tensor.
 
     Args:
         model: as the trainer holds it; wrappers of DDP and of torch.compile are looked through.
         wanted: names in the engine's manifest.
 
     Raises:
-        FailedPrecondition: the model is sharded, quantized, or adapted in a way that cannot be merged.
+        FailedPrecondition: the model is quantized, wrapped by FSDP1, or adapted in a way that cannot be merged.
     """
     model = unwrap(model)
     found: dict[str, SourceTensor] = {}
@@ -52,6 +66,8 @@ def policy_tensors(model: nn.Module, wanted: Collection[str] = ()) -> list[Sourc
 def unwrap(model: nn.Module) -> nn.Module:
     """The model itself, out of what trains it on several ranks or compiles it."""
     while True:
+        if isinstance(model, FullyShardedDataParallel):
+            raise _unsupported("it is wrapped by FSDP1; fsdp_version 2 is supported")
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
         elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
@@ -115,9 +131,14 @@ def _merged(layer: Any, name: str) -> torch.Tensor:
     PEFT merges into a stand-in that shares the adapters and has a copy of the base's parameters. Merging into
     the base and out again, as TRL does, changes it: additions in bf16 do not undo themselves.
     """
+    with gathered(layer.parameters()):
+        return _merged_whole(layer, name)
+
+
+def _merged_whole(layer: Any, name: str) -> torch.Tensor:
     base = layer.get_base_layer()
     if name != "weight" and not any(layer.lora_bias.values()):
-        return plain(base, name)
+        return plain(base, name).clone()
     stand_in, stand_in_base = copy.copy(layer), copy.copy(base)
     stand_in_base._parameters = {
         key: None if value is None else nn.Parameter(value.detach().clone(), requires_grad=False)
@@ -132,8 +153,8 @@ def _merged(layer: Any, name: str) -> torch.Tensor:
 
 
 def plain(module: nn.Module, name: str) -> torch.Tensor:
-    """A parameter's value."""
-    return module.get_parameter(name).detach()
+    """A parameter's value, whole."""
+    return whole(module.get_parameter(name))
 
 
 def _source(
@@ -142,16 +163,23 @@ def _source(
     parameter: nn.Parameter | None,
     read: Callable[[], torch.Tensor] | None = None,
 ) -> SourceTensor:
-    if hasattr(tensor, "full_tensor") or hasattr(tensor, "ds_id"):
-        raise _unsupported(f"{name} is sharded (FSDP2 or DeepSpeed ZeRO-3), which is not supported yet")
     if not (tensor.is_floating_point() or parameter is None):
         raise _unsupported(f"{name} is quantized to {tensor.dtype}; the engine needs plain weights")
     if hasattr(tensor, "_hp_mapping"):
         # DeepSpeed's ZeRO-1 and 2 and its bf16 optimizer write flat buffers that their parameters are views of.
         # One that became engine memory would be trained no more.
         parameter = None
-    spec = TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+    if is_sharded(tensor):
+        parameter = None
+        read = read or partial(_whole, tensor)
+    spec = TensorSpec(name, str(tensor.dtype).removeprefix("torch."), whole_shape(tensor))
     return SourceTensor(spec, read or (lambda: tensor.detach()), parameter, str(tensor.device))
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    with gathered([tensor]):
+        # A copy: ZeRO-3 takes the memory back.
+        return whole(tensor).clone()
 
 
 def _clean(name: str) -> str:

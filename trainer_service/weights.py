@@ -60,6 +60,7 @@ class PolicyWeights:
         *,
         transport: str | Sequence[str] | None = None,
         timeout_s: float = 240.0,
+        led: Callable[[list[SourceTensor]], list[SourceTensor]] = list,
     ) -> None:
         """Prepare; nothing is called before `open` or the first `sync`.
 
@@ -69,6 +70,7 @@ class PolicyWeights:
             transport: shared or stream; several, of which the first that can be had is taken; or None to let the
                 service choose.
             timeout_s: how many seconds to wait for an engine that went away to come back.
+            led: goes around the tensors of a policy that other ranks must read too.
         """
         self.history: deque[UpdateStats] = deque(maxlen=1000)
         self.committed = 0  # updates, in all sessions
@@ -76,6 +78,7 @@ class PolicyWeights:
         self._model = model
         self._transports = [transport] if transport is None or isinstance(transport, str) else transport
         self._timeout_s = timeout_s
+        self._led = led
         self._session: Session | None = None
         self._lease: Lease | None = None
         self._depth = 0
@@ -205,7 +208,7 @@ class PolicyWeights:
         self._end_session("the engine was restarted")
 
     def _policy(self, wanted: Sequence[str]) -> list[SourceTensor]:
-        return policy_tensors(self._model(), frozenset(wanted))
+        return self._led(policy_tensors(self._model(), frozenset(wanted)))
 
     def _sync(self) -> None:
         self.open()

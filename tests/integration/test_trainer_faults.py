@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import tempfile
-import textwrap
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import torch
 from transformers import TrainerCallback
 
 from tandem.weights.v1 import weights_pb2 as pb
+from tests.ranks import ON_CPU, of_script, succeeded, two_ranks
 from tests.services import ENVIRONMENT, Service, inference_service
 from tests.trainers import assert_same_bits, make, model_of
 
@@ -181,41 +180,11 @@ RANK = """
 """
 
 
-@contextmanager
-def two_ranks(script: str, *arguments: object) -> Iterator[list[subprocess.Popen[str]]]:
-    """Processes of `script` that make a group of two."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    common |= {
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
-            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        yield ranks
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-
-
 def assert_same_version_at_the_end(ranks: list[subprocess.Popen[str]]) -> None:
-    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n\n".join(output[-3000:] for output in outputs)
-    versions = {line for output in outputs for line in output.splitlines() if line.startswith("VERSION")}
-    assert len(versions) == 1, "all ranks know the version that was synced"
+    lines = [line for output in succeeded(ranks) for line in output.splitlines()]
+    assert len({line for line in lines if line.startswith("VERSION")}) == 1, (
+        "all know the version that was synced"
+    )
 
 
 @pytest.mark.slow
@@ -223,7 +192,9 @@ def assert_same_version_at_the_end(ranks: list[subprocess.Popen[str]]) -> None:
 def test_two_ranks_train_and_call_as_they_like(
     service: Service, checkpoints: dict[str, Path], tmp_path: Path, mode: str
 ) -> None:
-    with two_ranks(RANK, service.address, checkpoints["llama"], tmp_path, mode) as ranks:
+    with two_ranks(
+        *of_script(RANK, service.address, checkpoints["llama"], tmp_path, mode), **ON_CPU
+    ) as ranks:
         assert_same_version_at_the_end(ranks)
 
 
@@ -265,7 +236,9 @@ def test_two_ranks_go_on_after_kill_9_of_the_service_while_they_generate(
 ) -> None:
     with ExitStack() as lives:
         first = lives.enter_context(inference_service(checkpoints["llama"], socket_folder))
-        with two_ranks(RANK_THAT_WAITS, first.address, checkpoints["llama"], tmp_path, mode) as ranks:
+        with two_ranks(
+            *of_script(RANK_THAT_WAITS, first.address, checkpoints["llama"], tmp_path, mode), **ON_CPU
+        ) as ranks:
             end = time.monotonic() + 90
             while not all((tmp_path / f"generates{rank}").exists() for rank in range(2)):
                 assert time.monotonic() < end
@@ -285,7 +258,8 @@ def test_a_failed_sync_is_an_error_on_every_rank(
     trainer = make(
         "grpo", service, model_of(checkpoints["llama"], torch.float32), tmp_path, vllm_mode="server"
     )
-    trainer.model.model.norm.weight.ds_id = 1
-    with pytest.raises(RuntimeError, match=r"model\.norm\.weight is sharded"):
+    quantized = torch.zeros(128, dtype=torch.uint8)
+    trainer.model.model.norm.weight = torch.nn.Parameter(quantized, requires_grad=False)
+    with pytest.raises(RuntimeError, match=r"model\.norm\.weight is quantized"):
         trainer.train()
     trainer.close()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, PrefixTuningConfig, get_peft_model
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tandem.errors import FailedPrecondition
@@ -143,15 +144,19 @@ def test_what_cannot_be_merged_says_so() -> None:
         )
 
 
-def test_sharded_and_quantized_parameters_are_refused_by_name() -> None:
-    model = model_of()
-    model.model.norm.weight.ds_id = 3  # as DeepSpeed marks its own
-    with pytest.raises(FailedPrecondition, match=r"model\.norm\.weight is sharded"):
-        policy_tensors(model)
+def test_quantized_parameters_are_refused_by_name() -> None:
     model = model_of()
     model.model.norm.weight = nn.Parameter(torch.zeros(32, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(FailedPrecondition, match=r"model\.norm\.weight is quantized"):
         policy_tensors(model)
+
+
+def test_fsdp1_is_refused() -> None:
+    """Its parameters are views of flat ones, which come and go."""
+    wrapped = FullyShardedDataParallel.__new__(FullyShardedDataParallel)  # without a process group
+    nn.Module.__init__(wrapped)
+    with pytest.raises(FailedPrecondition, match="FSDP1"):
+        policy_tensors(wrapped)
 
 
 def test_parameters_that_deepspeed_writes_through_its_buffers_are_never_the_engines_memory() -> None:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 import tempfile
-import textwrap
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.ranks import ON_CPU, of_script, succeeded, two_ranks
 from tests.weight_service import WeightService
 from trainer_service.client import InferenceClient
 
@@ -101,47 +97,23 @@ def folder() -> Path:
 
 
 def test_a_run_goes_on_with_a_service_that_was_killed_while_ranks_generate(folder: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = os.environ | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
     service = WeightService(f"unix://{folder}/s", 2.0)
     service.start()
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(RANK), service.address, str(folder)],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
     try:
-        end = time.monotonic() + 90
-        while not all((folder / f"generated{rank}").exists() for rank in range(2)):
-            assert time.monotonic() < end
-            assert all(rank.poll() is None for rank in ranks), [
-                rank.communicate()[0][-3000:] for rank in ranks if rank.poll() is not None
-            ]
-            time.sleep(0.05)
-        service.kill()
-        service.start()
-        client = InferenceClient(service.address)
-        client.wait_until_serving(30)
-        client.close()
-        (folder / "restarted").touch()
-        outputs = [rank.communicate(timeout=60)[0] for rank in ranks]
+        with two_ranks(*of_script(RANK, service.address, folder), **ON_CPU) as ranks:
+            end = time.monotonic() + 90
+            while not all((folder / f"generated{rank}").exists() for rank in range(2)):
+                assert time.monotonic() < end
+                assert all(rank.poll() is None for rank in ranks), [
+                    rank.communicate()[0][-3000:] for rank in ranks if rank.poll() is not None
+                ]
+                time.sleep(0.05)
+            service.kill()
+            service.start()
+            client = InferenceClient(service.address)
+            client.wait_until_serving(30)
+            client.close()
+            (folder / "restarted").touch()
+            succeeded(ranks, 60)
     finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
         service.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n\n".join(output[-3000:] for output in outputs)

@@ -6,10 +6,7 @@ A test that shows a defect fails once TRL has mended it: then the claim in the d
 from __future__ import annotations
 
 import importlib.util
-import socket
-import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tandem.inference.v1 import inference_pb2 as pb
+from tests.ranks import ON_CPU, ended, of_script, two_ranks
 from trainer_service._trl import VLLMGeneration
 from trainer_service.generation import RemoteGeneration
 from trainer_service.policy_tensors import policy_tensors
@@ -204,33 +202,8 @@ RANKS = """
 
 def run_ranks(whose: str) -> list[tuple[int, str]]:
     """Exit code and output of two ranks."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    root = Path(__file__).parents[2]
-    environment = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "PYTHONPATH": str(root),
-    }
-    environment |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(RANKS), whose],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        return [(rank.returncode, output) for rank in ranks for output in [rank.communicate(timeout=60)[0]]]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
+    with two_ranks(*of_script(RANKS, whose), **ON_CPU) as ranks:
+        return ended(ranks, 60)
 
 
 def test_tool_turns_that_differ_by_rank_break_trl_and_not_ours() -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tandem.errors import invalid
 from trainer_service._trl import GRPOConfig, TrlGRPOTrainer, get_config_model_id
-from trainer_service.trainers.mixin import RemoteMixin, replaced
+from trainer_service.trainers.turns import ToolTurnMixin
 
 if TYPE_CHECKING:
     from datasets import (  # type: ignore[import-untyped]
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class GRPOTrainer(RemoteMixin, TrlGRPOTrainer):
+class GRPOTrainer(ToolTurnMixin, TrlGRPOTrainer):
     """TRL's GRPOTrainer, with rollouts from the inference service at `inference_address`.
 
     `args.vllm_mode` "colocate" (TRL's default) needs a service on the same host, and GPU if there is one, to
@@ -111,11 +111,6 @@ class GRPOTrainer(RemoteMixin, TrlGRPOTrainer):
                     "Start it with processed_logprobs, or set vllm_importance_sampling_correction=False.",
                     mode,
                 )
-
-    def _tool_call_loop(self, *args: Any, **kwargs: Any) -> Any:
-        # TRL asks a colocated engine, and only that, for its true length limit. Ours always tells it.
-        with replaced(self, {"vllm_mode": "colocate"}):
-            return cast(Any, super())._tool_call_loop(*args, **kwargs)
 
 
 def _check_vespo(args: GRPOConfig) -> None:

@@ -9,8 +9,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from tandem.errors import invalid
+from tandem.inference.v1 import inference_pb2 as pb
+from tandem.rpc.address import parse
+from trainer_service._trl import get_config_model_id
 from trainer_service.client import WRITABLE, InferenceClient
 from trainer_service.generation import RemoteGeneration
+from trainer_service.policy_tensors import EVERYTHING, policy_tensors
+from trainer_service.shards import Gathering
 from trainer_service.weights import PolicyWeights
 
 if TYPE_CHECKING:
@@ -18,11 +23,21 @@ if TYPE_CHECKING:
 else:
     _Trainer = object
 
-ADDRESS_VARIABLE = "TANDEM_INFERENCE_ADDRESS"
+INFERENCE = "TANDEM_INFERENCE"
 TRL_SERIES = "1.16."
 
 #: The transports of each vllm_mode, the fastest first: "colocate" shares memory, "server" may be anywhere.
 TRANSPORTS = {"colocate": ("shared",), "server": ("stream",)}
+
+#: Sampling parameters that TRL's trainers take from their config, and what they are where it has no such field.
+SAMPLING: dict[str, Any] = {
+    "repetition_penalty": 1.0,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": None,
+    "generation_kwargs": None,
+}
 
 
 class RemoteMixin(_Trainer):
@@ -40,19 +55,14 @@ class RemoteMixin(_Trainer):
     }
     #: `logprobs` of VLLMGeneration, as the TRL trainer passes it.
     _logprobs: int | None = None
+    #: Names of the TRL trainer that its subclass here relies on.
+    _relied_on: ClassVar[tuple[str, ...]] = ()
 
     # What TRL's trainers have beside transformers'.
     vllm_generation: Any
     vllm_mode: str
     use_vllm: bool
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float | None
-    repetition_penalty: float
-    max_completion_length: Any
     model: Any
-    _metrics: dict[str, Any]
     policy_weights: PolicyWeights | None
 
     def _start(self, init: Any, args: Any, address: str | None, token: str | None) -> None:
@@ -60,11 +70,10 @@ class RemoteMixin(_Trainer):
         mode = args.vllm_mode
         if mode not in TRANSPORTS:
             raise invalid("vllm_mode", f"{mode!r} is neither 'colocate' nor 'server'")
-        token = token or os.environ.get("TANDEM_INFERENCE_TOKEN") or None
-        client = InferenceClient(_address(address), token=token, **_tls())
+        client = connected(INFERENCE, "inference_address", address, token)
         try:
             # Before a model is loaded.
-            client.wait_until_serving(args.vllm_server_timeout, accept=WRITABLE)
+            self._check_service(client.wait_until_serving(args.vllm_server_timeout, accept=WRITABLE))
             with replaced(args, self._off):
                 init()
             self._attach(client, args, TRANSPORTS[mode])
@@ -73,11 +82,21 @@ class RemoteMixin(_Trainer):
             raise
         self._check_contract()
 
+    def _check_service(self, info: pb.GetModelResponse) -> None:
+        """Refuse a service that lacks what this trainer needs."""
+
     def _attach(self, client: InferenceClient, args: Any, transports: Sequence[str]) -> None:
         main = self.accelerator.is_main_process
+        gathering = Gathering(
+            self.accelerator, lambda: self.model, lambda: policy_tensors(self.model, EVERYTHING)
+        )
         self.policy_weights = (
             PolicyWeights(
-                client, lambda: self.model, transport=transports, timeout_s=args.vllm_server_timeout
+                client,
+                lambda: self.model,
+                transport=transports,
+                timeout_s=args.vllm_server_timeout,
+                led=gathering.led,
             )
             if main
             else None
@@ -89,45 +108,42 @@ class RemoteMixin(_Trainer):
             self.processing_class,
             client=client,
             weights=self.policy_weights,
+            gathering=gathering,
             mode=args.vllm_mode,
-            structured_outputs_regex=args.vllm_structured_outputs_regex,
+            structured_outputs_regex=getattr(args, "vllm_structured_outputs_regex", None),
             server_timeout=args.vllm_server_timeout,
-            max_model_length=args.vllm_max_model_length,
+            max_model_length=getattr(args, "vllm_max_model_length", None),
             enable_sleep_mode=args.vllm_enable_sleep_mode,
-            repetition_penalty=self.repetition_penalty,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
-            max_completion_length=self.max_completion_length,
+            max_completion_length=self._max_completion_length(args),
             logprobs=self._logprobs,
-            generation_kwargs=args.generation_kwargs,
+            **{name: getattr(args, name, default) for name, default in SAMPLING.items()},
         )
         self.use_vllm = True
+        self._forget_sync()
+
+    def _max_completion_length(self, args: Any) -> int:
+        return cast(int, args.max_completion_length)
+
+    def _forget_sync(self) -> None:
+        """Have the policy synced before the next rollout, whatever step it is."""
         self._last_loaded_step = -1
+
+    @contextmanager
+    def _generating(self) -> Iterator[None]:
+        """Goes around what TRL has rollouts made in: they must be the service's."""
+        before = self.vllm_generation.calls
+        yield
+        if self.vllm_generation.calls == before:
+            raise RuntimeError("TRL generated by itself, not by the inference service.")
 
     def _check_contract(self) -> None:
         """Refuse a TRL in which the names that this class relies on mean something else."""
         version = importlib.metadata.version("trl")
         if not version.startswith(TRL_SERIES):
             raise ImportError(f"trainer_service works with TRL {TRL_SERIES}*, not {version}")
-        names = ("_metrics", "_generate_single_turn", "_generate_and_score_completions")
-        for name in (*names, "state", "accelerator", "processing_class"):
+        for name in (*self._relied_on, "state", "accelerator", "processing_class"):
             if not hasattr(self, name):
                 raise ImportError(f"TRL {version}'s {type(self).__name__} has no {name}")
-
-    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        before = self.vllm_generation.calls
-        result = cast(Any, super())._generate_single_turn(*args, **kwargs)
-        if self.vllm_generation.calls == before:
-            raise RuntimeError("TRL generated by itself, not by the inference service.")
-        return result
-
-    def _generate_and_score_completions(self, *args: Any, **kwargs: Any) -> Any:
-        result = cast(Any, super())._generate_and_score_completions(*args, **kwargs)
-        # TRL has gathered the rewards of all ranks by now: none generates any more.
-        self.vllm_generation.rest()
-        return result
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's. Where it raises within an optimizer step, the lease of that step is given back."""
@@ -149,7 +165,7 @@ class RemoteMixin(_Trainer):
     @contextmanager
     def updating_weights(self) -> Iterator[None]:
         """Goes around any code that writes the policy's parameters in place, except an optimizer's step."""
-        self._last_loaded_step = -1  # whatever is written must reach the engine before the next rollout
+        self._forget_sync()  # whatever is written must reach the engine
         if self.policy_weights is None:
             yield
         else:
@@ -158,9 +174,8 @@ class RemoteMixin(_Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's, with what the service did since the last time."""
-        metrics = self._metrics["train" if self.model.training else "eval"]
         for name, values in self.vllm_generation.drain_metrics().items():
-            metrics[name].extend(values)
+            logs[name] = sum(values) / len(values)
         super().log(logs, start_time)
 
     def close(self) -> None:
@@ -170,20 +185,47 @@ class RemoteMixin(_Trainer):
         self.vllm_generation.client.close()
 
 
-def _address(address: str | None) -> str:
-    address = address or os.environ.get(ADDRESS_VARIABLE)
+class MeteredMixin(RemoteMixin):
+    """RemoteMixin for trainers that keep their figures in `_metrics`, by mode."""
+
+    _metrics: dict[str, Any]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's, which puts the service's figures with its own, under `eval_` while it evaluates."""
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name, values in self.vllm_generation.drain_metrics().items():
+            metrics[name].extend(values)
+        super().log(logs, start_time)
+
+
+def connected(prefix: str, field: str, address: str | None, token: str | None) -> InferenceClient:
+    """A client of a service. What is not given is in variables of the environment.
+
+    Args:
+        prefix: of the variables: {prefix}_ADDRESS, _TOKEN, and the files that a service on another host needs,
+            _CA_FILE, _CERT_FILE and _KEY_FILE.
+        field: what to call the address in errors.
+        address: `unix:///absolute/path` or `host:port`.
+        token: the service's.
+
+    Raises:
+        InvalidArgument: there is no address, or it is malformed.
+    """
+    address = address or os.environ.get(f"{prefix}_ADDRESS")
     if not address:
-        raise invalid("inference_address", f"give it, or set {ADDRESS_VARIABLE}: unix:///path or host:port")
-    return address
+        raise invalid(field, f"give it, or set {prefix}_ADDRESS: unix:///path or host:port")
+    parse(address, field=field)
+    files: dict[str, Any] = {}
+    for name in ("ca_file", "cert_file", "key_file"):
+        if file := os.environ.get(f"{prefix}_{name.upper()}"):
+            files[name] = file
+    return InferenceClient(address, token=token or os.environ.get(f"{prefix}_TOKEN") or None, **files)
 
 
-def _tls() -> dict[str, Any]:
-    """Files that a service on another host needs: TANDEM_INFERENCE_CA_FILE, …_CERT_FILE, …_KEY_FILE."""
-    files = {
-        name: os.environ.get(f"TANDEM_INFERENCE_{name.upper()}")
-        for name in ("ca_file", "cert_file", "key_file")
-    }
-    return {name: file for name, file in files.items() if file}
+def named_after(model: Any, suffix: str) -> str:
+    """The folder that TRL's trainers write to if they are given none."""
+    name = model if isinstance(model, str) else get_config_model_id(model.config)
+    return f"{name.split('/')[-1]}-{suffix}"
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from trainer_service._trl import RLOOConfig, TrlRLOOTrainer, get_config_model_id
-from trainer_service.trainers.mixin import RemoteMixin
+from trainer_service.trainers.turns import TurnMixin
 
 if TYPE_CHECKING:
     from datasets import (  # type: ignore[import-untyped]
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from trl.trainer.rloo_trainer import RewardFunc
 
 
-class RLOOTrainer(RemoteMixin, TrlRLOOTrainer):
+class RLOOTrainer(TurnMixin, TrlRLOOTrainer):
     """TRL's RLOOTrainer, with rollouts from the inference service at `inference_address`. See GRPOTrainer."""
 
     def __init__(

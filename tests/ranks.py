@@ -1,0 +1,65 @@
+"""Processes that make a group of two, for tests."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+#: For accelerate to use gloo.
+ON_CPU = {"ACCELERATE_USE_CPU": "true"}
+
+
+@contextmanager
+def two_ranks(*command: object, **environment: str) -> Iterator[list[subprocess.Popen[str]]]:
+    """Two of `python command...`, told of each other by gloo's environment; whatever happens, neither is left."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = os.environ | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        yield ranks
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+
+
+def of_script(script: str, *arguments: object) -> tuple[object, ...]:
+    """The command of a script given as text."""
+    return "-c", textwrap.dedent(script), *arguments
+
+
+def ended(ranks: list[subprocess.Popen[str]], seconds: float = 120) -> list[tuple[int, str]]:
+    """Exit code and output of each."""
+    outputs = [rank.communicate(timeout=seconds)[0] for rank in ranks]
+    return [(rank.returncode, output) for rank, output in zip(ranks, outputs, strict=True)]
+
+
+def succeeded(ranks: list[subprocess.Popen[str]], seconds: float = 120) -> list[str]:
+    """The output of each, which must end well."""
+    ends = ended(ranks, seconds)
+    assert [code for code, _ in ends] == [0, 0], "\n\n".join(output[-3000:] for _, output in ends)
+    return [output for _, output in ends]
