@@ -272,6 +272,24 @@ def test_what_cannot_be_is_refused_at_once(
     assert refusal.value.violations[0].field == field
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("wrong", [None, float("nan"), "count"])
+def test_a_reward_that_is_none_stops_the_run_before_it_learns(
+    engine: Service, pair: list[Any], tmp_path: Path, kind: str, wrong: float | str | None
+) -> None:
+    def broken(completions: list[str], **_: Any) -> list[Any]:
+        rewards = [1.0] * len(completions)
+        return rewards[1:] if wrong == "count" else [wrong, *rewards[1:]]
+
+    trainer = make(kind, engine, pair, tmp_path, reward_funcs=broken)
+    before = [parameter.clone() for parameter in trainer.model.parameters()]
+    with pytest.raises(InvalidArgument, match="broken") as refusal:
+        trainer.train()
+    assert refusal.value.reason == Reason.REWARD_INVALID
+    assert all(map(torch.equal, trainer.model.parameters(), before))
+    trainer.close()
+
+
 def test_a_config_of_another_algorithm_is_refused(engine: Service, pair: list[Any], tmp_path: Path) -> None:
     for kind, other in (("nash_md", "xpo"), ("xpo", "online_dpo")):
         with pytest.raises(InvalidArgument, match="Config") as refusal:

@@ -10,6 +10,8 @@ import torch
 
 from tandem.errors import invalid
 from trainer_service._trl import GRPOConfig, TrlGRPOTrainer, get_config_model_id
+from trainer_service.rewards import prepared
+from trainer_service.trainers.inputs import RewardedMixin, check_config, columns_of
 from trainer_service.trainers.turns import ToolTurnMixin
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class GRPOTrainer(ToolTurnMixin, TrlGRPOTrainer):
+class GRPOTrainer(ToolTurnMixin, RewardedMixin, TrlGRPOTrainer):
     """TRL's GRPOTrainer, with rollouts from the inference service at `inference_address`.
 
     `args.vllm_mode` "colocate" (TRL's default) needs a service on the same host, and GPU if there is one, to
@@ -84,10 +86,14 @@ class GRPOTrainer(ToolTurnMixin, TrlGRPOTrainer):
             args = GRPOConfig(f"{name.split('/')[-1]}-GRPO")
         _check_vespo(args)
 
+        check_config(args, GRPOConfig)
+        columns = columns_of(train_dataset)
+        rewards = None if reward_funcs is None else prepared(reward_funcs, columns=columns)
+
         def init() -> None:
             super(GRPOTrainer, self).__init__(
                 model=model,
-                reward_funcs=reward_funcs,
+                reward_funcs=rewards,
                 args=args,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,

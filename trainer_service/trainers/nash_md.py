@@ -11,6 +11,7 @@ import torch
 from tandem.errors import invalid
 from trainer_service._trl_experimental import OnlineDPOConfig
 from trainer_service.trainers.against import AgainstTrainer, Side
+from trainer_service.trainers.inputs import check_config
 from trainer_service.trainers.pairs import PromptBatch, Schedule, check_schedule
 
 
@@ -73,10 +74,9 @@ class NashMDTrainer(AgainstTrainer):
         "mixture_coef",
     )
 
-    def _check(self, args: Any, dataset: Any) -> None:
-        if not isinstance(args, NashMDConfig):
-            raise invalid("args", f"must be a NashMDConfig, is a {type(args).__name__}")
-        super()._check(args, dataset)
+    def _check(self, args: Any) -> None:
+        check_config(args, NashMDConfig)
+        super()._check(args)
         check_schedule("mixture_coef", args.mixture_coef, args)
         for value in args.mixture_coef if isinstance(args.mixture_coef, list) else [args.mixture_coef]:
             if not 0 <= value <= 1:

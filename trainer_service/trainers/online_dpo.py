@@ -9,7 +9,8 @@ import torch
 
 from tandem.errors import invalid
 from trainer_service._trl_experimental import OnlineDPOConfig, TrlOnlineDPOTrainer
-from trainer_service.rewards import JudgeReward, PairwiseJudge
+from trainer_service.rewards import JudgeReward, PairwiseJudge, prepared
+from trainer_service.trainers.inputs import Noted, check_config, check_noted, columns_of
 from trainer_service.trainers.mixin import replaced
 from trainer_service.trainers.pairs import PairMixin, check_schedule
 
@@ -55,30 +56,36 @@ class OnlineDPOTrainer(PairMixin, TrlOnlineDPOTrainer):  # type: ignore[misc]  #
         ),
         preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         *,
-        judge: PairwiseJudge | None = None,
+        judge: PairwiseJudge | JudgeReward | None = None,
         inference_address: str | None = None,
         inference_token: str | None = None,
     ) -> None:
         """TRL's arguments, GRPOTrainer's of the service, and:
 
         Args:
-            judge: says which of two completions is better, in place of `reward_funcs`.
+            judge: says which of two completions is better, in place of `reward_funcs`. As a JudgeReward it may give
+                probabilities.
 
         Raises:
             InvalidArgument: as GRPOTrainer; or both of judge and reward_funcs, or neither; or a schedule of `args` that
                 has more values than there are epochs.
         """
-        if args is None:
-            raise invalid("args", f"{type(self).__name__} needs its configuration")
         if (judge is None) == (reward_funcs is None):
             raise invalid("judge", "give it or reward_funcs, and not both")
-        self._check(args, train_dataset)
+        self._check(args)
+        columns = columns_of(train_dataset)
+        scorers: Any = reward_funcs
+        if judge is not None:
+            scorers = [judge if isinstance(judge, JudgeReward) else JudgeReward(judge)]
+        rewards: Any = prepared(scorers, columns=columns, awaits=False)
+        # Models, and the names of models, stay: TRL loads and prepares them.
+        rewards = [one if isinstance(one, str | torch.nn.Module) else Noted(one) for one in rewards]
 
         def init() -> None:
             super(OnlineDPOTrainer, self).__init__(
                 model=model,
                 ref_model=ref_model,
-                reward_funcs=reward_funcs if judge is None else [cast(Any, JudgeReward(judge))],
+                reward_funcs=rewards,
                 args=args,
                 data_collator=data_collator,
                 train_dataset=train_dataset,
@@ -95,10 +102,10 @@ class OnlineDPOTrainer(PairMixin, TrlOnlineDPOTrainer):  # type: ignore[misc]  #
         self._judged = judge is not None
         self._start(init, args, inference_address, inference_token)
 
-    def _check(self, args: Any, dataset: Any) -> None:
+    def _check(self, args: Any) -> None:
+        """Refuse a configuration that is not this trainer's, or cannot be."""
+        check_config(args, OnlineDPOConfig)
         check_schedule("beta", args.beta, args)
-        if dataset is not None and (names := dataset.column_names) and "prompt" not in names:
-            raise invalid("train_dataset", f"has no column 'prompt', but {', '.join(names)}")
 
     @property
     def beta(self) -> float:
@@ -114,6 +121,11 @@ class OnlineDPOTrainer(PairMixin, TrlOnlineDPOTrainer):  # type: ignore[misc]  #
         """TRL's, whose own branch for vLLM loses the mask of the prompts' padding, and the images."""
         with replaced(self.args, {"use_vllm": False}):
             return super().training_step(model, inputs, num_items_in_batch)
+
+    def _calculate_rewards_from_functions(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        rewards = cast(Any, super())._calculate_rewards_from_functions(*args, **kwargs)
+        check_noted(self.reward_funcs)
+        return cast(torch.Tensor, rewards)
 
     def _generate(self, model: torch.nn.Module, prompts: list[Any], images: list[Any] | None = None) -> Any:
         # Rows as the loss wants them: the first completion of every prompt, then the second.

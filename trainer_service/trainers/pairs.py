@@ -47,7 +47,6 @@ class PairMixin(RemoteMixin):
     processing_class: Any
     eos_token_ids: list[int]
     _forward: Any
-    _calculate_rewards_from_functions: Any
     stats: dict[str, list[float]]
     _eval_stats: dict[str, list[float]]
 

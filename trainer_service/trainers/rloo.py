@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from trainer_service._trl import RLOOConfig, TrlRLOOTrainer, get_config_model_id
+from trainer_service.rewards import prepared
+from trainer_service.trainers.inputs import RewardedMixin, check_config, columns_of
 from trainer_service.trainers.turns import TurnMixin
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from trl.trainer.rloo_trainer import RewardFunc
 
 
-class RLOOTrainer(TurnMixin, TrlRLOOTrainer):
+class RLOOTrainer(TurnMixin, RewardedMixin, TrlRLOOTrainer):
     """TRL's RLOOTrainer, with rollouts from the inference service at `inference_address`. See GRPOTrainer."""
 
     def __init__(
@@ -60,10 +62,14 @@ class RLOOTrainer(TurnMixin, TrlRLOOTrainer):
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = RLOOConfig(f"{name.split('/')[-1]}-RLOO")
 
+        check_config(args, RLOOConfig)
+        columns = columns_of(train_dataset)
+        rewards = prepared(reward_funcs, columns=columns)
+
         def init() -> None:
             super(RLOOTrainer, self).__init__(
                 model=model,
-                reward_funcs=reward_funcs,
+                reward_funcs=rewards,
                 args=args,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,

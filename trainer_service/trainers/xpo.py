@@ -12,6 +12,7 @@ from torch.nn.functional import logsigmoid
 from tandem.errors import invalid
 from trainer_service._trl_experimental import OnlineDPOConfig
 from trainer_service.trainers.against import AgainstTrainer, Side
+from trainer_service.trainers.inputs import check_config
 from trainer_service.trainers.pairs import PromptBatch, Schedule, check_schedule
 
 
@@ -76,10 +77,9 @@ class XPOTrainer(AgainstTrainer):
         "beta",
     )
 
-    def _check(self, args: Any, dataset: Any) -> None:
-        if not isinstance(args, XPOConfig):
-            raise invalid("args", f"must be an XPOConfig, is a {type(args).__name__}")
-        super()._check(args, dataset)
+    def _check(self, args: Any) -> None:
+        check_config(args, XPOConfig)
+        super()._check(args)
         check_schedule("alpha", args.alpha, args)
         if args.loss_type not in ("sigmoid", "ipo"):
             raise invalid("loss_type", f"must be sigmoid or ipo, is {args.loss_type!r}")
