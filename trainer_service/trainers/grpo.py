@@ -84,9 +84,9 @@ class GRPOTrainer(ToolTurnMixin, RewardedMixin, TrlGRPOTrainer):
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = GRPOConfig(f"{name.split('/')[-1]}-GRPO")
+        check_config(args, GRPOConfig)
         _check_vespo(args)
 
-        check_config(args, GRPOConfig)
         columns = columns_of(train_dataset)
         rewards = None if reward_funcs is None else prepared(reward_funcs, columns=columns)
 
