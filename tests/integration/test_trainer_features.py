@@ -375,6 +375,15 @@ def test_colocate_and_server_give_the_same_numbers(
     assert texts == others[2]
 
 
+@pytest.mark.parametrize("kind", ALL)
+def test_another_tokenizer_is_refused(run: Callable[..., Run], kind: str) -> None:
+    other = models.tokenizer()
+    other.add_tokens(["qu"])
+    with pytest.raises(InvalidArgument) as refusal:
+        run(kind, processing_class=other)
+    assert refusal.value.violations[0].field == "processing_class"
+
+
 @pytest.mark.parametrize("kind", GROUPS)
 def test_another_configuration_is_refused(run: Callable[..., Run], kind: str, tmp_path: Path) -> None:
     other = "rloo" if kind == "grpo" else "grpo"

@@ -107,7 +107,8 @@ class AgainstTrainer(OnlineDPOTrainer):
             **{name: value * 2 if isinstance(value, list) else value for name, value in columns.items()},
         )
         sides = [
-            Side(ids, mask, part) for (ids, mask), part in zip(drawn, torch.split(scores, len(prompts)), strict=True)
+            Side(ids, mask, part)
+            for (ids, mask), part in zip(drawn, torch.split(scores, len(prompts)), strict=True)
         ]
         if (penalty := self.args.missing_eos_penalty) is not None:
             for side in sides:
