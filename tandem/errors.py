@@ -40,6 +40,7 @@ class Reason(StrEnum):
     ADDRESS_IN_USE = "ADDRESS_IN_USE"
     STORE_IN_USE = "STORE_IN_USE"
     JOB_STATE = "JOB_STATE"
+    JOB_FAILED = "JOB_FAILED"
     LEASE_HELD = "LEASE_HELD"
     LEASE_LOST = "LEASE_LOST"
     MESSAGE_TOO_LARGE = "MESSAGE_TOO_LARGE"
@@ -55,6 +56,7 @@ class Reason(StrEnum):
     DIGEST_MISMATCH = "DIGEST_MISMATCH"
     DEADLINE = "DEADLINE"
     CANCELLED = "CANCELLED"
+    JOB_CANCELLED = "JOB_CANCELLED"
     TOKEN_INVALID = "TOKEN_INVALID"  # noqa: S105  # no password
     METHOD_UNKNOWN = "METHOD_UNKNOWN"
     BUG = "BUG"
@@ -180,7 +182,7 @@ class DeadlineExceeded(TandemError, TimeoutError):
 
 
 class Cancelled(TandemError, RuntimeError):
-    """The call was cancelled by its caller."""
+    """The call, or the job that it waited for, was cancelled."""
 
     code_name = "CANCELLED"
 
@@ -222,6 +224,7 @@ CATALOGUE: dict[Reason, type[TandemError]] = {
     Reason.ADDRESS_IN_USE: FailedPrecondition,
     Reason.STORE_IN_USE: FailedPrecondition,
     Reason.JOB_STATE: FailedPrecondition,
+    Reason.JOB_FAILED: FailedPrecondition,
     Reason.LEASE_HELD: Aborted,
     Reason.LEASE_LOST: Aborted,
     Reason.MESSAGE_TOO_LARGE: ResourceExhausted,
@@ -237,6 +240,7 @@ CATALOGUE: dict[Reason, type[TandemError]] = {
     Reason.DIGEST_MISMATCH: DataLoss,
     Reason.DEADLINE: DeadlineExceeded,
     Reason.CANCELLED: Cancelled,
+    Reason.JOB_CANCELLED: Cancelled,
     Reason.TOKEN_INVALID: Unauthenticated,
     Reason.METHOD_UNKNOWN: Unimplemented,
     Reason.BUG: Internal,

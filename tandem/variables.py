@@ -14,7 +14,7 @@ from tandem.settings import ServiceSettings
 DOCUMENTED = (
     *(f"TANDEM_INFERENCE_{name}" for name in ("ADDRESS", "TOKEN", "CA_FILE", "CERT_FILE", "KEY_FILE")),
     *(f"TANDEM_REWARD_{name}" for name in ("TOKEN", "CA_FILE", "CERT_FILE", "KEY_FILE")),
-    *("TANDEM_SERVICE_PID", "TANDEM_JOB", "TANDEM_WERROR", "TANDEM_BUILD_JOBS"),
+    *("TANDEM_TRAINER_ADDRESS", "TANDEM_SERVICE_PID", "TANDEM_JOB", "TANDEM_WERROR", "TANDEM_BUILD_JOBS"),
 )
 #: Under this prefix are settings of the trainer service, beside one of the inference service's own.
 TRAINER = "TANDEM_TRAINER_"

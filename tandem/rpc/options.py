@@ -56,6 +56,7 @@ _READS = {
     "tandem.inference.v1.InferenceService": ("GetModel", "Tokenize"),
     "tandem.engine.v1.EngineService": ("GetStats",),
     "tandem.weights.v1.WeightService": ("GetManifest", "GetWeightVersion"),
+    "tandem.trainer.v1.TrainingJobService": ("GetJob", "ListJobs", "ListCheckpoints"),
 }
 
 

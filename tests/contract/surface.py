@@ -26,6 +26,8 @@ MODULES = {
         "tandem.rpc.listen",
         "tandem.rpc.options",
         "tandem.rpc.address",
+        "tandem.client",
+        "tandem.client.view",
     ],
     "weight_transfer": [
         "weight_transfer.arena",

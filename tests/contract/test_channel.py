@@ -171,11 +171,12 @@ async def test_reads_are_tried_again_and_writes_are_not(serve: Serve, engine: Sc
 def test_what_is_tried_again_is_in_the_contract() -> None:
     """A misspelt method in the service config would be ignored."""
     from tandem.inference.v1 import inference_pb2
-    from tandem.weights.v1 import weights_pb2
+    from tandem.trainer.v1 import trainer_pb2
+from tandem.weights.v1 import weights_pb2
 
     methods = {
         (service.full_name, method.name)
-        for module in (engine_pb2, inference_pb2, weights_pb2)
+        for module in (engine_pb2, inference_pb2, trainer_pb2, weights_pb2)
         for service in module.DESCRIPTOR.services_by_name.values()
         for method in service.methods
     }

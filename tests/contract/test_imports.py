@@ -36,6 +36,7 @@ def loaded(code: str) -> set[str]:
         ),
         ("from tandem.rpc import Serving, ServingConfig", HEAVY),
         ("from tandem.inference.v1 import inference_pb2_grpc", HEAVY),
+        ("import tandem.client", HEAVY | {"prometheus_client", "structlog", "pydantic", "rich"}),
         ("from tandem.weights.v1 import weights_pb2_grpc", HEAVY),
         ("import trainer_service.rewards", HEAVY | {"prometheus_client", "structlog", "pydantic"}),
         (
