@@ -172,7 +172,7 @@ def test_what_is_tried_again_is_in_the_contract() -> None:
     """A misspelt method in the service config would be ignored."""
     from tandem.inference.v1 import inference_pb2
     from tandem.trainer.v1 import trainer_pb2
-from tandem.weights.v1 import weights_pb2
+    from tandem.weights.v1 import weights_pb2
 
     methods = {
         (service.full_name, method.name)
