@@ -23,6 +23,7 @@ $(VENV)/.locked: $(LOCKS)
 	$(PIP) install -q --no-deps -r requirements/torch-cpu.txt \
 		|| $(PIP) install -q --no-deps --index-url https://download.pytorch.org/whl/cpu -r requirements/torch-cpu.txt
 	$(PIP) install -q --no-deps -r requirements/cpu.txt -r requirements/demo.txt -r requirements/dev.txt
+	$(PIP) install -q --no-deps --upgrade --target $(VENV)/deepspeed -r requirements/deepspeed.txt
 	touch $@
 
 $(VENV)/.built: $(VENV)/.locked $(BUILT_FROM)

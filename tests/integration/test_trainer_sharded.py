@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tandem.weights.v1 import weights_pb2 as pb
-from tests.ranks import ON_CPU, succeeded, two_ranks
+from tests.ranks import ON_CPU, ROOT, succeeded, two_ranks
 from tests.services import Service
 
 RUNS = {
@@ -28,7 +28,8 @@ def test_every_algorithm_trains_over_two_ranks(
     """The assertions are in tests/sharded_run.py: the engine's bits, and its logprobs against the policy's."""
     mixed.weights.RestoreCheckpoint(pb.RestoreCheckpointRequest(), timeout=30)
     command = ("-m", "tests.sharded_run", mixed.address, checkpoints["llama"], reference, tmp_path, how)
-    with two_ranks(*command, **(ON_CPU if how == "fsdp2" else {})) as ranks:
+    deepspeed = {"PYTHONPATH": f"{ROOT}:{ROOT}/.venv/deepspeed"}
+    with two_ranks(*command, **(ON_CPU if how == "fsdp2" else deepspeed)) as ranks:
         for output in succeeded(ranks):
             assert {
                 line.removeprefix("RAN ") for line in output.splitlines() if line.startswith("RAN ")
