@@ -29,7 +29,7 @@ from tests.trainers import (
     reward,
 )
 from trainer_service import trainers
-from trainer_service._trl import TrlGRPOTrainer
+from trainer_service._trl import TrlGRPOTrainer, TrlRLOOTrainer
 from trainer_service.client import InferenceClient
 
 # TRL, transformers and accelerate warn of themselves; ours are errors still.
@@ -203,6 +203,43 @@ def test_loss_is_that_of_trls_own_path_on_the_same_rollouts(
         assert losses == expected
         for ours_parameter, parameter in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
             assert torch.equal(ours_parameter, parameter)
+
+
+def test_rloo_learns_what_trl_learns_from_the_same_rollouts(
+    checkpoints: dict[str, Path], tmp_path: Path, exact: Service
+) -> None:
+    exact.weights.RestoreCheckpoint(pb.RestoreCheckpointRequest(), timeout=30)
+    recorded: list[list[list[int]]] = []
+
+    class Recorded(trainers.RLOOTrainer):
+        def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+            recorded.append(super()._generate_single_turn(*args, **kwargs))
+            return recorded[-1]
+
+    class Replayed(TrlRLOOTrainer):
+        def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+            assert not self.use_vllm
+            return recorded.pop(0)
+
+    config = {"max_steps": 4, "num_iterations": 2, "beta": 0.1}
+    ours = make(
+        "rloo", exact, model_of(checkpoints["llama"], torch.float32), tmp_path / "a", cls=Recorded, **config
+    )
+    ours.train()
+    ours.close()
+    theirs = Replayed(
+        model_of(checkpoints["llama"], torch.float32),
+        reward,
+        arguments("rloo", tmp_path / "b", **config),
+        prompts(),
+        processing_class=models.tokenizer(),
+    )
+    theirs.train()
+    assert recorded == []
+    for name in ("loss", "grad_norm", "reward"):
+        assert logged(ours, name) == logged(theirs, name), name
+    for ours_parameter, parameter in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
+        assert torch.equal(ours_parameter, parameter)
 
 
 @pytest.fixture(scope="module")
