@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from examples.demo import show
-from examples.demo.processes import Child, ChildError, Interrupted, Processes
+from tandem.processes import Child, ChildError, Interrupted, Processes
 from examples.demo.service import Service
 from examples.demo.tasks import Tasks
 from tandem import rpc

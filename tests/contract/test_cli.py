@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tandem.cli import OWN
+
+DOCS = Path(__file__).parents[2] / "docs" / "cli.md"
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -71,8 +76,32 @@ def run(tmp_path: Path) -> Run:
 def test_help_lists_the_commands_without_importing_them(run: Run) -> None:
     done = run("--help")
     assert done.returncode == 0
-    assert {"echo", "broken"} <= set(done.stdout.split())
+    assert {"echo", "broken", "submit", "watch", "doctor"} <= set(done.stdout.split())
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_each_command_explains_itself_and_loads_nothing_heavy(name: str) -> None:
+    """Neither what computes nor, before it is needed, what draws."""
+    script = f"""
+import sys
+from tandem.cli import main
+try:
+    main([{name!r}, "--help"])
+except SystemExit as ended:
+    assert ended.code == 0
+heavy = {{"torch", "vllm", "trl", "transformers", "numpy", "matplotlib", "rich"}}
+print(heavy & {{module.partition(".")[0] for module in sys.modules}} or "light")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30)
+    assert done.stderr == ""
+    assert done.stdout.startswith(f"usage: tandem {name}")
+    assert done.stdout.splitlines()[-1] == "light"
+
+
+def test_every_command_is_documented() -> None:
+    documented = set(re.findall(r"^\| `(\w+)", DOCS.read_text(), re.M))
+    assert documented == {*OWN, "inference", "trainer"}
 
 
 def test_arguments_pass_through_untouched(run: Run) -> None:

@@ -1,5 +1,6 @@
-"""The `tandem` command. Subcommands are entry points of the group `tandem.commands`: functions that take the
-arguments after their name and return an exit code. Only the one that is called is imported.
+"""The `tandem` command. A subcommand is a function that takes the arguments after its name and returns an exit code:
+the client's are modules of this package, the services' are entry points of the group `tandem.commands`. Only the one
+that is called is imported.
 
 Exit codes: 0 done, 1 failed, 2 wrong arguments or configuration, 3 service not available, 130 interrupted.
 """
@@ -7,14 +8,33 @@ Exit codes: 0 done, 1 failed, 2 wrong arguments or configuration, 3 service not 
 from __future__ import annotations
 
 import difflib
+import importlib
 import sys
 import traceback
 from collections.abc import Callable
-from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
+from functools import partial
+from importlib.metadata import PackageNotFoundError, entry_points, version
 
 from tandem.errors import InvalidArgument, TandemError, Unavailable
 
+Command = Callable[[list[str]], int | None]
+
 GROUP = "tandem.commands"
+#: The client's commands: the function in this package that each is, and what it does.
+OWN = {
+    "up": ("up:main", "run both services here, until Ctrl-C"),
+    "submit": ("jobs:submit", "submit a job file"),
+    "jobs": ("jobs:list_jobs", "list jobs"),
+    "watch": ("watch:main", "follow a job"),
+    "cancel": ("jobs:cancel", "have jobs end"),
+    "resume": ("jobs:resume", "have failed or cancelled jobs go on"),
+    "delete": ("jobs:delete", "remove jobs and all they have"),
+    "logs": ("jobs:logs", "show what a job's processes wrote"),
+    "plot": ("plot:main", "draw a job's curves"),
+    "generate": ("generate:main", "sample from the policy"),
+    "doctor": ("doctor:main", "look at this host, and say what to mend"),
+}
+_SERVICES = {"inference": "serve a model", "trainer": "serve training jobs"}
 
 _debug = False  # whether errors show their tracebacks
 
@@ -54,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         near = difflib.get_close_matches(name, commands, n=1)
         hint = f"; did you mean {near[0]}?" if near else "; tandem --help lists the commands"
         return _fail(f"there is no command {name}{hint}", 2)
-    return run(name, commands[name].load, rest)
+    return run(name, commands[name], rest)
 
 
 def explain(error: Exception, command: str) -> int:
@@ -75,7 +95,7 @@ def explain(error: Exception, command: str) -> int:
     return _fail(f"{type(error).__name__}: {lines[0]}{' ...' if lines[1:] else ''} (--debug shows all)", 1)
 
 
-def run(name: str, load: Callable[[], Callable[[list[str]], int | None]], arguments: list[str]) -> int:
+def run(name: str, load: Callable[[], Command], arguments: list[str]) -> int:
     """Load a command and call it, for modules that are run by themselves: they need not be installed.
 
     Returns:
@@ -92,8 +112,16 @@ def run(name: str, load: Callable[[], Callable[[list[str]], int | None]], argume
         return explain(error, name)
 
 
-def _commands() -> dict[str, EntryPoint]:
-    return {point.name: point for point in sorted(entry_points(group=GROUP), key=lambda point: point.name)}
+def _commands() -> dict[str, Callable[[], Command]]:
+    """What loads each command."""
+    points = sorted(entry_points(group=GROUP), key=lambda point: point.name)
+    return {point.name: point.load for point in points} | {name: partial(_own, name) for name in OWN}
+
+
+def _own(name: str) -> Command:
+    module, _, function = OWN[name][0].partition(":")
+    command: Command = getattr(importlib.import_module(f"tandem.cli.{module}"), function)
+    return command
 
 
 def _version() -> str:
@@ -104,8 +132,10 @@ def _version() -> str:
 
 
 def _help() -> str:
-    names = [f"  {name}" for name in _commands()] or ["  none: neither service is installed"]
-    return "\n".join([_USAGE, "", "commands:", *names, "", _OPTIONS])
+    told = _SERVICES | {name: text for name, (_, text) in OWN.items()}
+    names = sorted(_commands(), key=lambda name: list(told).index(name) if name in told else len(told))
+    lines = [f"  {name:<10} {told.get(name, '')}".rstrip() for name in names]
+    return "\n".join([_USAGE, "", "commands:", *lines, "", _OPTIONS])
 
 
 def _say(text: str) -> int:
@@ -116,9 +146,3 @@ def _say(text: str) -> int:
 def _fail(text: str, code: int, prefix: str = "tandem: ") -> int:
     sys.stderr.write(f"{prefix}{text}\n")
     return code
-
-
-if __name__ == "__main__":
-    from tandem.cli import main as tandem  # the module that commands know, so that --debug reaches them
-
-    sys.exit(tandem())
