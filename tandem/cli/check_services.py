@@ -56,6 +56,10 @@ def services(addresses: dict[str, str]) -> Iterator[Finding]:
             )
         elif state == "UNAVAILABLE":
             yield note(f"{name} service", f"nobody answers at {text}", f"tandem {name}, or tandem up")
+        elif state in ("NOT_FOUND", "UNIMPLEMENTED"):
+            yield bad(
+                f"{name} service", f"another service is at {text}", f"give each its own address: --{name}"
+            )
         else:
             yield bad(
                 f"{name} service", f"{state} at {text}", "its log says why; tandem generate shows its reason"
