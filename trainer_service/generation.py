@@ -189,6 +189,9 @@ class RemoteGeneration(VLLMGeneration):
                 metrics["tandem/sync_ms"] = [update.seconds * 1e3 for update in new]
                 metrics["tandem/bytes_moved"] = [float(update.nbytes) for update in new]
             metrics["tandem/weight_version"] = [float(self.weights.weight_version)]
+        if self.accelerator.device.type == "cuda":  # of the whole device, which the engine may share
+            free, total = torch.cuda.mem_get_info(self.accelerator.device)
+            metrics["tandem/gpu_memory_gib"] = [(total - free) / 2**30]
         return metrics
 
     def _generate(self, groups: list[Group], sampling: pb.SamplingParams) -> list[list[pb.Rollout]]:

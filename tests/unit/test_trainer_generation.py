@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from accelerate import Accelerator
 from PIL import Image
 
@@ -211,3 +213,11 @@ def test_what_trying_again_does_not_change_is_raised_at_once() -> None:
     with pytest.raises(InvalidArgument, match="too long"):
         generation(service, Weights()).generate([[1]], None, 1)
     assert len(service.calls) == 1
+
+
+def test_the_memory_in_use_is_told_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = generation(Service())
+    assert "tandem/gpu_memory_gib" not in made.drain_metrics()
+    made.accelerator = SimpleNamespace(device=torch.device("cuda", 1))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30 * device.index, 2**32))
+    assert made.drain_metrics()["tandem/gpu_memory_gib"] == [3.0]
