@@ -208,7 +208,7 @@ def test_the_result_is_the_last_checkpoint(script: Script, address: str) -> None
         script.over("SUCCEEDED", 4)
         yield [state(4, "SUCCEEDED")]
 
-    script.job.last_sequence, script.rounds = 3, [ends]
+    script.job.last_sequence, script.rounds = 3, [GONE, ends, lambda request: iter([])]
     with TandemClient(trainer=address) as client:
         job = client.job("j1")
         assert job.result(10) is None
@@ -217,7 +217,12 @@ def test_the_result_is_the_last_checkpoint(script: Script, address: str) -> None
         assert job.state is JobState.SUCCEEDED
     assert isinstance(saved, Checkpoint)
     assert (saved.step, saved.path) == (2, "/2")
-    assert [(r.after_sequence, list(r.kinds)) for r in script.asked] == [(3, [pb.EVENT_KIND_STATE])]
+    states = [pb.EVENT_KIND_STATE]
+    assert [(r.after_sequence, list(r.kinds)) for r in script.asked] == [
+        (3, states),
+        (3, states),
+        (4, states),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -231,6 +236,7 @@ def test_the_result_of_a_job_without_one_is_its_error(
     script: Script, address: str, name: str, error: type[TandemError], reason: Reason
 ) -> None:
     script.over(name, 3, "out of luck")
+    script.rounds = [lambda request: iter([])]
     with TandemClient(trainer=address) as client, pytest.raises(error, match="out of luck") as caught:
         client.job("j1").result(10)
     assert caught.value.reason is reason

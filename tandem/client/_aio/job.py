@@ -110,11 +110,9 @@ class AsyncJob(JobView):
             DeadlineExceeded: it is not over after `timeout_s`. It goes on.
             NotFound, Unavailable: as `watch`.
         """
-        await self.refresh()
-        if not self.state.is_over:
-            async with aclosing(self.watch(self.last_sequence, [StateChange], timeout_s)) as changes:
-                async for _ in changes:
-                    pass
+        async with aclosing(self.watch(self.last_sequence, [StateChange], timeout_s)) as changes:
+            async for _ in changes:
+                pass
         self._raise_unless_succeeded()
         saved = await self.checkpoints()
         return saved[-1] if saved else None

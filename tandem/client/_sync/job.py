@@ -109,11 +109,9 @@ class Job(JobView):
             DeadlineExceeded: it is not over after `timeout_s`. It goes on.
             NotFound, Unavailable: as `watch`.
         """
-        self.refresh()
-        if not self.state.is_over:
-            with closing(self.watch(self.last_sequence, [StateChange], timeout_s)) as changes:
-                for _ in changes:
-                    pass
+        with closing(self.watch(self.last_sequence, [StateChange], timeout_s)) as changes:
+            for _ in changes:
+                pass
         self._raise_unless_succeeded()
         saved = self.checkpoints()
         return saved[-1] if saved else None
