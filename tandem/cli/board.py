@@ -156,5 +156,6 @@ class Board:
         parts += [Text("   ".join(shown))] if shown else []
         parts += [Text(_sample(self.sample, 300), "dim")] if self.sample else []
         parts += [Text(f"checkpoint {self.checkpoint}", "dim")] if self.checkpoint else []
-        parts += [Text(safe(self.log), "dim", no_wrap=True, overflow="ellipsis")] if self.log else []
+        if self.log and not self.figures:  # while it loads; later there is more to tell
+            parts.append(Text(safe(self.log), "dim", no_wrap=True, overflow="ellipsis"))
         return Group(*parts)

@@ -79,7 +79,6 @@ loss    █▁                                        -0.001
 tokens/s 900   sync ms 8.8
 [exact=0 version=3] 2 + 3? -> five
 checkpoint /jobs/j1/checkpoint-2
-loaded\\x1b[2J in 3 s
 """
 
 
@@ -111,6 +110,13 @@ def test_a_board_of_a_job_without_events(job: Job) -> None:
     first, second = text.getvalue().splitlines()
     assert first.rstrip() == "j1 grpo QUEUED"
     assert second.split()[-1] == "0/?"
+
+
+def test_a_board_of_a_job_that_loads_shows_what_it_writes(job: Job) -> None:
+    shown, text = Board(job), io.StringIO()
+    shown.add(EVENTS[1])
+    Console(file=text, width=80, color_system=None).print(shown)
+    assert text.getvalue().splitlines()[-1].rstrip() == "loaded\\x1b[2J in 3 s"
 
 
 def test_rewards_by_the_names_of_other_algorithms(job: Job) -> None:

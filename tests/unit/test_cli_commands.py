@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -130,6 +131,21 @@ def test_watch_writes_a_line_for_each_event_where_no_terminal_is(
         "step 2/2 reward 1",
         ends,
     ]
+
+
+def test_watch_draws_a_board_on_a_terminal(
+    tandem: Tandem, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole(script)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    code, out, err = tandem("watch", "j1")
+    assert (code, err) == (0, "")
+    last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out).splitlines()[-4:]
+    assert [text.split()[0] for text in last] == ["j1", "step", "reward", "loss"]
+    assert last[0].split()[-1] == "SUCCEEDED"
+    assert last[1].split()[-1] == "2/2"
+    assert last[2].split()[1:] == ["▁█", "1"]
 
 
 def test_watch_goes_on_where_one_was(tandem: Tandem, script: Script) -> None:
