@@ -18,11 +18,11 @@ from typing import Any
 from rich.console import Console
 
 from examples.demo import show
-from tandem.processes import Child, ChildError, Interrupted, Processes
 from examples.demo.service import Service
 from examples.demo.tasks import Tasks
 from tandem import rpc
 from tandem.errors import TandemError
+from tandem.processes import Child, ChildError, Interrupted, Processes
 
 #: What both processes get. They take turns on the same cores.
 ENVIRONMENT = {
