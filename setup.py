@@ -180,7 +180,7 @@ os.chdir(ROOT)
 setup(
     package_dir={"": "."},  # so that an editable install is one line in a .pth file
     packages=packages(),
-    package_data={"": ["py.typed", "*.pyi", "*.cu", "*.cuh"]},
+    package_data={"": ["py.typed", "*.pyi", "*.cu", "*.cuh"], "tandem.dashboard": ["static/*"]},
     ext_modules=[extension()],
     cmdclass={
         "build_ext": build_ext,

@@ -31,6 +31,7 @@ OWN = {
     "delete": ("jobs:delete", "remove jobs and all they have"),
     "logs": ("jobs:logs", "show what a job's processes wrote"),
     "plot": ("plot:main", "draw a job's curves"),
+    "dashboard": ("dashboard:main", "serve a web page of jobs and engines"),
     "generate": ("generate:main", "sample from the policy"),
     "doctor": ("doctor:main", "look at this host, and say what to mend"),
 }

@@ -90,7 +90,7 @@ try:
     main([{name!r}, "--help"])
 except SystemExit as ended:
     assert ended.code == 0
-heavy = {{"torch", "vllm", "trl", "transformers", "numpy", "matplotlib", "rich"}}
+heavy = {{"torch", "vllm", "trl", "transformers", "numpy", "matplotlib", "rich", "aiohttp"}}
 print(heavy & {{module.partition(".")[0] for module in sys.modules}} or "light")
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30)

@@ -36,12 +36,12 @@ def loaded(code: str) -> set[str]:
         ),
         ("from tandem.rpc import Serving, ServingConfig", HEAVY),
         ("from tandem.inference.v1 import inference_pb2_grpc", HEAVY),
-        ("import tandem.client", HEAVY | {"prometheus_client", "structlog", "pydantic", "rich"}),
+        ("import tandem.client", HEAVY | {"aiohttp", "prometheus_client", "structlog", "pydantic", "rich"}),
         ("from tandem.weights.v1 import weights_pb2_grpc", HEAVY),
         ("import trainer_service.rewards", HEAVY | {"prometheus_client", "structlog", "pydantic"}),
         (
             "import tandem.cli; tandem.cli.main(['--help'])",
-            HEAVY | {"grpc", "inference_service", "trainer_service"},
+            HEAVY | {"aiohttp", "grpc", "inference_service", "trainer_service"},
         ),
     ],
 )
