@@ -13,6 +13,7 @@ from tandem.settings import ServiceSettings
 #: Variables of Tandem's that are no service's settings.
 DOCUMENTED = (
     *(f"TANDEM_INFERENCE_{name}" for name in ("ADDRESS", "TOKEN", "CA_FILE", "CERT_FILE", "KEY_FILE")),
+    *(f"TANDEM_TEACHER_{name}" for name in ("ADDRESS", "TOKEN", "CA_FILE", "CERT_FILE", "KEY_FILE")),
     *(f"TANDEM_REWARD_{name}" for name in ("TOKEN", "CA_FILE", "CERT_FILE", "KEY_FILE")),
     *("TANDEM_TRAINER_ADDRESS", "TANDEM_SERVICE_PID", "TANDEM_JOB", "TANDEM_WERROR", "TANDEM_BUILD_JOBS"),
 )

@@ -50,6 +50,7 @@ def test_a_slip_is_named(settings: type[ServiceSettings], name: str, near: str) 
         (InferenceSettings, "TANDEM_TRAINER_UIDS"),
         (InferenceSettings, "TANDEM_TRAINER_MAX_RUNING"),  # the other service's to tell
         (InferenceSettings, "TANDEM_INFERENCE_TOKEN"),
+        (InferenceSettings, "TANDEM_TEACHER_TOKEN"),
         (InferenceSettings, "TANDEM_REWARD_TOKEN_FILE"),
         (RewardSettings, "TANDEM_REWARD_TOKEN"),
         (RewardSettings, "TANDEM_REWARD_TOKEN_FILE"),

@@ -45,7 +45,7 @@ class SDPOTrainer(SelfTaughtMixin, RewardedMixin, TrlSDPOTrainer):
         args = args or SDPOConfig(named_after(model, "SDPO"))
         check_config(args, SDPOConfig)
         columns = columns_of(train_dataset)
-        rewards = prepared(reward_funcs, columns=columns) if reward_funcs else reward_funcs
+        rewards = prepared(reward_funcs, columns=columns, awaits=False) if reward_funcs else reward_funcs
 
         def init() -> None:
             super(SDPOTrainer, self).__init__(
