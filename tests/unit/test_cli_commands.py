@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -273,3 +276,26 @@ def test_nobody_there(tandem: Tandem, socket_folder: Path) -> None:
     code, _, err = tandem("jobs", "--trainer", f"unix://{socket_folder}/none.sock")
     assert code == 3
     assert err.startswith("tandem: UNREACHABLE: ")
+
+
+def test_an_interrupted_watch_ends_at_once(tandem: Tandem, script: Script) -> None:
+    left = threading.Event()
+
+    def stays(request: pb.WatchJobRequest) -> Iterator[list[job_pb2.JobEvent]]:
+        yield [line(1)]
+        left.wait(20)
+
+    script.rounds = [stays]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tandem.cli", "watch", "j1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline().endswith("log line 1\n")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=10)
+    left.set()
+    assert (process.returncode, err) == (130, "")
