@@ -484,3 +484,30 @@ def test_a_live_teacher_has_the_weights_that_were_synced(
         live.get_sequence_logprobs([[5, 17, 99]], [1], top_logprobs=1)
     assert len(recovered) == 2, "the trainer's syncs, between three tries"
     live.close()
+
+
+def test_rollouts_after_a_checkpoint_are_the_checkpoints(
+    policy: Service, teachers: Path, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """Also where the step is none that `vllm_sync_frequency` divides, for which TRL would wait."""
+    kind = KINDS["iw_opd"]
+    trainer = kind.make(
+        trainers.IWOPDTrainer,
+        model_of(checkpoints["llama"], torch.float32),
+        kind.args(tmp_path, vllm_sync_frequency=2),
+        teachers,
+        inference_address=policy.address,
+    )
+    recorded = Recorded(trainer)
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.state.global_step = 3
+    trainer._fill_buffer(batch, 2)
+    trainer._fill_buffer(batch, 2)
+    assert recorded.syncs == [3]
+    with trainer.updating_weights(), torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.mul_(0.5)
+    trainer._fill_buffer(batch, 2)
+    assert recorded.syncs == [3, 3]
+    assert_same_bits(policy, trainer.model)
+    trainer.close()
