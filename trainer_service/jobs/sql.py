@@ -62,12 +62,8 @@ class SqlStore(Store):
         now = time.time()
         stored = spec.model_dump(mode="json", exclude_none=True)
         with _told(), self._engine.begin() as connection:
-            if request_id:
-                query = sa.select(tables.jobs).where(tables.jobs.c.request_id == request_id)
-                if (row := connection.execute(query).one_or_none()) is not None:
-                    if row.spec != stored:
-                        raise invalid("request_id", f"{request_id!r} made another job before, {row.id}")
-                    return _job(row)
+            if request_id and (row := _requested(connection, request_id, stored)) is not None:
+                return _job(row)
             values = {"id": job_id, "request_id": request_id or None, "spec": stored, "create_time": now}
             added = connection.execute(tables.jobs.insert().values(**values, state=JobState.QUEUED))
             number = added.inserted_primary_key[0]  # type: ignore[index]  # an insert of one row has it
@@ -78,6 +74,12 @@ class SqlStore(Store):
             return self._append(
                 connection, _locked(connection, job_id), [Event(EventKind.STATE, now, 0, state)]
             )
+
+    def requested(self, request_id: str, spec: JobSpec) -> Job | None:
+        stored = spec.model_dump(mode="json", exclude_none=True)
+        with _told(), self._reading() as connection:
+            row = _requested(connection, request_id, stored)
+            return None if row is None else _job(row)
 
     def get(self, job_id: str) -> Job:
         with _told(), self._reading() as connection:
@@ -221,6 +223,14 @@ def _row(connection: sa.Connection, job_id: str, *, lock: bool = False) -> sa.Ro
     row = connection.execute(query.with_for_update() if lock else query).one_or_none()
     if row is None:
         raise NotFound(Reason.JOB_NOT_FOUND, f"there is no job {job_id!r}", metadata={"job_id": job_id[:128]})
+    return row
+
+
+def _requested(connection: sa.Connection, request_id: str, stored: dict[str, Any]) -> sa.Row[Any] | None:
+    query = sa.select(tables.jobs).where(tables.jobs.c.request_id == request_id)
+    row = connection.execute(query).one_or_none()
+    if row is not None and row.spec != stored:
+        raise invalid("request_id", f"{request_id!r} made another job before, {row.id}")
     return row
 
 

@@ -97,6 +97,14 @@ class Store(ABC):
         """
 
     @abstractmethod
+    def requested(self, request_id: str, spec: JobSpec) -> Job | None:
+        """The job that a request made before, if it did.
+
+        Raises:
+            InvalidArgument: it made another one.
+        """
+
+    @abstractmethod
     def get(self, job_id: str) -> Job:
         """The job."""
 

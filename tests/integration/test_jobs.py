@@ -1,0 +1,159 @@
+"""Real jobs of a real service, over a Unix socket: to their end, cancelled, resumed, deleted."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tandem.errors import FailedPrecondition, InvalidArgument, NotFound, Reason
+from tandem.rpc import translated
+from tandem.trainer.v1 import job_pb2
+from tandem.trainer.v1 import trainer_pb2 as pb
+from tests.job_service import JobService, Place, end_jobs, job_service
+from tests.services import Service
+from trainer_service.jobs.child import TOLD
+
+
+@pytest.fixture(scope="module")
+def place(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place(tmp_path_factory.mktemp("jobs"), checkpoints["llama"])
+
+
+@pytest.fixture(scope="module")
+def service(place: Place) -> Iterator[JobService]:
+    with tempfile.TemporaryDirectory(prefix="tdj") as folder:
+        with job_service(Path(folder), place) as running:
+            yield running
+        end_jobs(Path(folder))
+
+
+@pytest.fixture(autouse=True)
+def _fresh(place: Place) -> None:
+    place.fresh()
+
+
+def states(events: list[job_pb2.JobEvent]) -> list[str]:
+    return [
+        job_pb2.JobState.Name(event.state.state).removeprefix("JOB_STATE_")
+        for event in events
+        if event.HasField("state")
+    ]
+
+
+def test_a_job_to_its_end(service: JobService, place: Place, llama: Service) -> None:
+    spec = place.spec(llama.address, labels={"kind": "whole"})
+    job = service.submit(spec, "the same")
+    assert service.submit(spec, "the same").id == job.id
+    events = list(service.watch(job.id))
+    assert [event.sequence for event in events] == list(range(1, len(events) + 1))
+    assert states(events) == ["QUEUED", "STARTING", "RUNNING", "SUCCEEDED"]
+
+    metrics = [
+        event.metrics for event in events if event.HasField("metrics") and "reward" in event.metrics.values
+    ]
+    assert [one.step for one in metrics] == [1, 2]
+    assert all(one.max_steps == 2 and one.values["reward"] > 0 for one in metrics)
+    samples = [event.samples for event in events if event.HasField("samples")]
+    assert {sample.rewards["score"] > 0 for one in samples for sample in one.samples} == {True}
+    versions = [{sample.weight_version for sample in one.samples} for one in samples]
+    assert [len(found) for found in versions] == [1] * len(versions)
+    assert max(versions[0]) < max(versions[1])
+
+    now = service.get(job.id)
+    assert (now.state, now.attempt, now.last_sequence) == (
+        job_pb2.JOB_STATE_SUCCEEDED,
+        1,
+        events[-1].sequence,
+    )
+    assert (now.progress.step, now.progress.max_steps) == (2, 2)
+    assert now.create_time.ToSeconds() <= now.start_time.ToSeconds() <= now.end_time.ToSeconds()
+    found = service.stub.ListCheckpoints(pb.ListCheckpointsRequest(job_id=job.id), timeout=20).checkpoints
+    assert [(one.step, Path(one.path).name) for one in found] == [(1, "checkpoint-1"), (2, "checkpoint-2")]
+    assert all(one.bytes > 100_000 for one in found)
+    told = [event.checkpoint.step for event in events if event.HasField("checkpoint")]
+    assert told == [1, 2]
+
+    middle = len(events) // 2
+    assert list(service.watch(job.id, after=middle)) == events[middle:]
+    listed = service.stub.ListJobs(pb.ListJobsRequest(labels={"kind": "whole"}), timeout=20)
+    assert [one.id for one in listed.jobs] == [job.id]
+    with pytest.raises(FailedPrecondition) as raised, translated():
+        service.stub.ResumeJob(pb.ResumeJobRequest(job_id=job.id), timeout=20)
+    assert raised.value.reason is Reason.JOB_STATE
+
+
+def test_a_cancelled_job_saves_and_is_resumed(service: JobService, place: Place, llama: Service) -> None:
+    place.hold(2)
+    job = service.submit(place.spec(llama.address, steps=3))
+    place.wait_until_held(2)
+    service.stub.CancelJob(pb.CancelJobRequest(job_id=job.id), timeout=20)
+    again = service.stub.CancelJob(pb.CancelJobRequest(job_id=job.id), timeout=20).job
+    assert again.state == job_pb2.JOB_STATE_CANCELLING
+    next(e for e in service.watch(job.id) if e.log.text == TOLD.decode().rstrip())
+    place.let_go(2)
+    events = service.wait_for(job.id, "CANCELLED")
+    assert states(events)[-2:] == ["CANCELLING", "CANCELLED"]
+    assert service.members(job.id) == set()
+    saved = service.stub.ListCheckpoints(pb.ListCheckpointsRequest(job_id=job.id), timeout=20).checkpoints
+    assert [one.step for one in saved] == [1, 2]  # the step that it was in is done, and saved
+
+    service.stub.ResumeJob(pb.ResumeJobRequest(job_id=job.id), timeout=20)
+    rest = service.wait_for(job.id, "SUCCEEDED", after=events[-1].sequence)
+    assert states(rest) == ["QUEUED", "STARTING", "RUNNING", "SUCCEEDED"]
+    done = [event.metrics.step for event in rest if "reward" in event.metrics.values]
+    assert done == [3]
+    assert service.get(job.id).attempt == 2
+
+
+def test_a_deleted_job_leaves_nothing(service: JobService, place: Place) -> None:
+    """It has an inference service of its own, and is deleted while it trains."""
+    place.hold(1)
+    job = service.submit(place.spec(None))
+    place.wait_until_held(1)
+    members = service.members(job.id)
+    folder = Path(job.folder)
+    assert len(members) >= 3  # what runs it, the training, the inference service
+    assert (folder / "i.sock").is_socket()
+    service.stub.DeleteJob(pb.DeleteJobRequest(job_id=job.id), timeout=60)
+    assert service.members(job.id) == set()
+    assert not [pid for pid in members if Path(f"/proc/{pid}").exists() and _runs(pid)]
+    assert not folder.exists()
+    for call in (service.get, lambda job_id: list(service.watch(job_id))):
+        with pytest.raises(NotFound) as raised:
+            call(job.id)
+        assert raised.value.reason is Reason.JOB_NOT_FOUND
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "said"),
+    [
+        ({"grpo": {"trl_options": {"lerning_rate": 1}}}, "job.grpo.trl_options.lerning_rate", "mean learning_rate"),
+        ({"grpo": {"trl_options": {"log_completions": "perhaps"}}}, "job.grpo.trl_options.log_completions", "boolean"),
+        ({"grpo": {"trl_options": {"output_dir": "/out"}}}, "job.grpo.trl_options.output_dir", "the service sets"),
+        ({"grpo": {"num_generations": 3}}, "job.grpo.num_generations", "divisible"),
+        ({"model": {"path": "/nowhere"}}, "job.model.path", "there is no folder /nowhere"),
+        ({"dataset": {"json_lines": "/nowhere"}}, "job.dataset.json_lines", "No such file"),
+        ({"dataset": {"reasoning_gym": {"task": "nonsense"}}}, "job.dataset.reasoning_gym", "not registered"),
+        ({"rewards": [{"function": "job_reward:scroe"}]}, "job.rewards[0].function", "did you mean score"),
+        ({"rewards": [{"function": "no_such_module:score"}]}, "job.rewards[0].function", "cannot import"),
+        ({"hardware": {"gpus": 4096}}, "job.hardware.gpus", "the job needs 4096 GPUs"),
+        ({"hardware": {"accelerate_config": "/nowhere"}}, "job.hardware.accelerate_config", "No such file"),
+        ({"training": {"max_steps": 2, "top_p": 1.5}}, "job.training.top_p", "less than or equal to 1"),
+    ],
+)  # fmt: skip  # a table
+def test_what_is_wrong_is_told_at_submission(
+    service: JobService, place: Place, fields: dict[str, Any], field: str, said: str
+) -> None:
+    before = len(service.stub.ListJobs(pb.ListJobsRequest(), timeout=20).jobs)
+    with pytest.raises(InvalidArgument, match=said) as raised:
+        service.submit(place.spec("unix:///nowhere.sock", **fields))
+    assert [violation.field for violation in raised.value.violations] == [field]
+    assert len(service.stub.ListJobs(pb.ListJobsRequest(), timeout=20).jobs) == before
+
+
+def _runs(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"

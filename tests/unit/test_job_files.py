@@ -1,0 +1,227 @@
+"""What a job's processes write is read once and whole, whoever is killed in the middle."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.jobs import spec
+from trainer_service.jobs import processes
+from trainer_service.jobs.folder import EventLog, JobFolder, Outcome, read_lines
+from trainer_service.jobs.processes import MARK, Identity
+from trainer_service.jobs.states import JobState, Move
+from trainer_service.jobs.store import EventKind, Store, open_store
+from trainer_service.jobs.tail import ingest
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> JobFolder:
+    made = JobFolder(tmp_path / "job")
+    made.make(spec())
+    return made
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    made = open_store("", tmp_path)
+    made.lock()
+    made.create("job", spec())
+    made.move("job", Move.START, attempt=1)
+    yield made
+    made.close()
+
+
+def metrics(step: int) -> dict[str, object]:
+    return {"step": step, "max_steps": 9, "epoch": 0.5, "values": {"reward": 1.0}}
+
+
+def texts(store: Store) -> list[str]:
+    return [event.body["text"] for event in store.events("job", kinds=[EventKind.LOG])]
+
+
+def test_a_specification_comes_back(folder: JobFolder) -> None:
+    assert folder.spec() == spec()
+
+
+def test_events_and_output_come_once(folder: JobFolder, store: Store) -> None:
+    log = EventLog(folder, 1)
+    log.write("RUN", {"step": 0, "max_steps": 9})
+    log.write("METRICS", metrics(1))
+    folder.output_file.write_bytes(b"one\ntwo\nthr")
+    job, new = ingest(store, folder, store.get("job"))
+    assert new
+    assert (job.state, job.step, job.max_steps, job.epoch) == (JobState.RUNNING, 1, 9, 0.5)
+    assert texts(store) == ["one", "two"]  # the third is not whole
+    assert ingest(store, folder, job) == (job, False)
+
+    with folder.output_file.open("ab") as output:
+        output.write(b"ee\nprogress 1\rprogress 2\n\n")
+    log.write("METRICS", metrics(2))
+    log.close()
+    again = store.get("job")  # as a service that was started again has it
+    job, _ = ingest(store, folder, again)
+    assert texts(store) == ["one", "two", "three", "progress 2"]
+    assert [e.body["step"] for e in store.events("job", kinds=[EventKind.METRICS])] == [1, 2]
+    sequences = [event.sequence for event in store.events("job")]
+    assert sequences == list(range(1, job.last_sequence + 1))
+
+
+def test_a_line_that_its_writer_was_killed_in_does_not_count(folder: JobFolder, store: Store) -> None:
+    first = EventLog(folder, 1)
+    first.write("METRICS", metrics(1))
+    first.close()
+    with folder.events_file.open("ab") as file:
+        file.write(b'{"kind": "METRICS", "time": 1.0, "att')
+    job, _ = ingest(store, folder, store.get("job"))
+    second = EventLog(folder, 2)
+    second.write("METRICS", metrics(7))
+    second.close()
+    job, _ = ingest(store, folder, job)
+    assert [e.body["step"] for e in store.events("job", kinds=[EventKind.METRICS])] == [1, 7]
+    assert job.step == 7
+
+
+def test_the_last_line_counts_without_an_end_where_nobody_writes(folder: JobFolder, store: Store) -> None:
+    folder.output_file.write_bytes(b"killed in the mid")
+    job, new = ingest(store, folder, store.get("job"))
+    assert not new
+    ingest(store, folder, job, rest=True)
+    assert texts(store) == ["killed in the mid"]
+
+
+def test_a_line_without_an_end_in_sight_comes_in_parts(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"a" * 25 + b"\nb\n")
+    found, offset = [], 0
+    while (step := read_lines(path, offset, 10))[1] > offset:
+        found += step[0]
+        offset = step[1]
+    assert b"".join(found) == b"a" * 25 + b"b"
+    assert offset == path.stat().st_size
+
+
+def test_checkpoints_that_are_whole(folder: JobFolder) -> None:
+    for step, state in (
+        (1, '{"global_step": 1}'),
+        (10, '{"global_step": 10}'),
+        (3, "{"),
+        (4, None),
+        (5, '{"global_step": 6}'),
+    ):
+        path = folder.checkpoints_folder / f"checkpoint-{step}"
+        path.mkdir()
+        (path / "weights").write_bytes(b"x" * 100)
+        if state is not None:
+            (path / "trainer_state.json").write_text(state)
+    found = folder.checkpoints()
+    assert [one.step for one in found] == [1, 10]
+    assert found[0].nbytes == 100 + len('{"global_step": 1}')
+    folder.drop_incomplete()
+    assert sorted(path.name for path in folder.checkpoints_folder.iterdir()) == [
+        "checkpoint-1",
+        "checkpoint-10",
+    ]
+
+
+def test_the_first_outcome_counts(folder: JobFolder) -> None:
+    assert folder.outcome(1) == (Outcome.DIED, "its process was killed")
+    folder.tell_outcome(1, Outcome.FAILED, "why")
+    folder.tell_outcome(1, Outcome.DIED, "its training ended with code 1")
+    assert folder.outcome(1) == (Outcome.FAILED, "why")
+    assert folder.outcome(2)[0] is Outcome.DIED
+
+
+def test_a_process_is_not_taken_for_another() -> None:
+    process = subprocess.Popen(["sleep", "60"])
+    identity = Identity.of(process.pid)
+    try:
+        assert Identity.parse(str(identity)) == identity
+        assert identity.alive
+        assert not Identity(identity.pid, identity.started + 1, identity.boot).alive
+        assert not Identity(identity.pid, identity.started, "another boot").alive
+        assert Identity(identity.pid, identity.started + 1, identity.boot).session == -1
+        identity.send(signal.SIGTERM)
+        assert process.wait(10) == -signal.SIGTERM
+        assert not identity.alive
+        assert identity.open() is None
+        identity.send(signal.SIGTERM)  # of nobody
+    finally:
+        process.kill()
+        process.wait(10)
+
+
+def _is_over(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except FileNotFoundError:
+        return True
+
+
+def _wait_for_five(folder: Path, root: Identity) -> set[int]:
+    """The four sleepers, each where it is to be, and what started them."""
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        found = processes.members(folder, root)
+        commands = [Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:2] for pid in found]
+        if {b"600", b"601", b"602", b"603", b"604"} <= {command[-1] for command in commands}:
+            return found
+        time.sleep(0.02)
+    raise AssertionError("they never started")
+
+
+LEFT = """
+import os, subprocess, sys
+clean = {"PATH": os.environ["PATH"]}
+subprocess.Popen(["sleep", "600"])                                             # in the session, with the mark
+subprocess.Popen(["sleep", "601"], start_new_session=True)                     # only with the mark
+subprocess.Popen(["sleep", "602"], env=clean)                                  # only in the session
+subprocess.Popen(["bash", "-c", "setsid env -i sleep 603 & sleep 604"], env=clean)  # only by its parent
+print("up", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_whatever_a_job_started_is_found_and_ended(folder: JobFolder) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", LEFT],
+        env=os.environ | {MARK: str(folder.path)},
+        start_new_session=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    bystander = subprocess.Popen(["sleep", "60"], env=os.environ | {MARK: f"{folder.path}2"})
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        root = Identity.of(process.pid)
+        found = _wait_for_five(folder.path, root)
+        assert process.pid in found
+        processes.kill(folder.path, root)
+        assert process.wait(10) == -signal.SIGKILL
+        assert processes.members(folder.path, root) == set()
+        assert bystander.poll() is None
+        assert not [pid for pid in found if Path(f"/proc/{pid}").exists() and not _is_over(pid)]
+    finally:
+        processes.kill(folder.path, None)
+        process.stdin.close()  # type: ignore[union-attr]
+        process.stdout.close()  # type: ignore[union-attr]
+        bystander.kill()
+        bystander.wait(10)
+
+
+def test_an_event_is_one_line_whatever_is_in_it(folder: JobFolder) -> None:
+    log = EventLog(folder, 3)
+    log.write("SAMPLES", {"text": "two\nlines \u2028 and more"})
+    log.close()
+    lines = folder.events_file.read_bytes().splitlines()
+    assert len(lines) == 1
+    assert json.loads(lines[0])["attempt"] == 3

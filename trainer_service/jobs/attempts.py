@@ -1,0 +1,259 @@
+"""Attempts at jobs: their processes started, followed to their end, and told to end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from tandem.errors import NotFound, TandemError
+from trainer_service.jobs import processes
+from trainer_service.jobs.folder import JobFolder, Outcome
+from trainer_service.jobs.gpus import needed
+from trainer_service.jobs.processes import MARK, Identity
+from trainer_service.jobs.run import ENGINE_GPUS
+from trainer_service.jobs.states import TERMINAL, JobState, Move
+from trainer_service.jobs.store import Job, Store
+from trainer_service.jobs.tail import ingest
+
+log = structlog.get_logger(__name__)
+
+_MAX_DELAY_S = 60.0
+#: Until what the store refused is tried again.
+_AGAIN_S = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What jobs may have."""
+
+    max_running: int = 1
+    """Jobs that run at once."""
+    gpus: tuple[str, ...] = ()
+    """GPUs to give out."""
+    cancel_grace_s: float = 60.0
+    """Seconds from the request to end a job until its processes are killed."""
+    retry_delay_s: float = 1.0
+    """Seconds until a job whose process died starts again. They double with each time."""
+    poll_s: float = 0.1
+    """How often a job's files are looked at."""
+
+
+class Attempts:
+    """The jobs that have processes. Use it from the event loop."""
+
+    def __init__(self, store: Store, root: Path, limits: Limits, changed: Callable[[str], None]) -> None:
+        self._store = store
+        self._root = root
+        self._limits = limits
+        self._changed = changed
+        self._following: dict[str, asyncio.Task[None]] = {}
+        self._cancelling: dict[str, asyncio.Task[None]] = {}
+        self._due: dict[str, float] = {}
+
+    def due(self, job: Job) -> bool:
+        """Whether a job that waits may start, and is not still being followed to its last end."""
+        return job.id not in self._following and time.monotonic() >= self._due.get(job.id, 0.0)
+
+    async def start(self, job: Job, gpus: tuple[str, ...]) -> None:
+        """Start a job's next attempt. Raises FailedPrecondition where the job does not wait any more."""
+        folder = self._folder(job)
+        await asyncio.to_thread(folder.make, job.spec)
+        attempt = job.attempt + 1
+        # Before its process is there: one that is not in the store is found by its mark, and ended.
+        job = await asyncio.to_thread(self._store.move, job.id, Move.START, attempt=attempt, gpus=gpus)
+        try:
+            identity = await asyncio.to_thread(_spawn, folder, job, needed(job.spec, gpus)[0])
+        except OSError as error:
+            why = f"its process cannot be started: {error}"
+            move = Move.FAIL if job.state is JobState.STARTING else Move.STOP
+            await asyncio.to_thread(self._store.move, job.id, move, why, gpus=(), end_time=time.time())
+            return
+        job = await asyncio.to_thread(self._store.append, job.id, [], process=str(identity))
+        log.info("started", job=job.id, attempt=attempt, process=identity.pid, gpus=gpus)
+        self.follow(job)
+        self._changed(job.id)
+
+    def follow(self, job: Job) -> None:
+        """Follow a job's processes to their end, also those that an earlier service started."""
+        self._following[job.id] = task = asyncio.create_task(self._follow(job))
+        task.add_done_callback(lambda done: self._followed(job.id, done))
+        if job.state is JobState.CANCELLING:
+            self.cancel(job)
+
+    def cancel(self, job: Job) -> None:
+        """Tell a job's processes to end, and kill them after a while."""
+        if job.id not in self._cancelling:
+            self._cancelling[job.id] = task = asyncio.create_task(self._cancel(job))
+            task.add_done_callback(lambda _: self._cancelling.pop(job.id, None))
+
+    async def abandon(self, job: Job) -> None:
+        """Kill a job's processes, and follow them no more."""
+        await _ended(self._following.pop(job.id, None))
+        await _ended(self._cancelling.pop(job.id, None))
+        job = await asyncio.to_thread(self._store.get, job.id)
+        await self._kill(job)
+
+    async def stop(self) -> None:
+        """Follow nothing any more. The processes go on."""
+        tasks = [*self._following.values(), *self._cancelling.values()]
+        await asyncio.gather(*(_ended(task) for task in tasks))
+
+    async def _follow(self, job: Job) -> None:
+        identity = Identity.parse(job.process)
+        descriptor = identity.open() if identity is not None else None
+        gone = asyncio.Event()
+        if descriptor is None:
+            gone.set()
+        else:
+            asyncio.get_running_loop().add_reader(descriptor, gone.set)
+        try:
+            while not gone.is_set():
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(gone.wait(), self._limits.poll_s)
+                job = await self._ingest(job)
+        finally:
+            if descriptor is not None:
+                asyncio.get_running_loop().remove_reader(descriptor)
+                os.close(descriptor)
+        if identity is not None:
+            await asyncio.to_thread(_reap, identity.pid)
+        await self._kill(job)
+        job = await self._ingest(job, rest=True)
+        await self._settle(job)
+
+    async def _ingest(self, job: Job, *, rest: bool = False) -> Job:
+        """Take all that is new. Where the store refuses it, nothing is lost, and it is tried again."""
+        more = True
+        while more:
+            try:
+                job = await asyncio.to_thread(self._store.get, job.id)  # others move it
+                job, more = await asyncio.to_thread(ingest, self._store, self._folder(job), job, rest=rest)
+            except NotFound:
+                raise
+            except (TandemError, OSError) as error:
+                log.warning("events of a job cannot be stored now", job=job.id, error=str(error))
+                await asyncio.sleep(_AGAIN_S)
+                continue
+            if more:
+                self._changed(job.id)
+        return job
+
+    async def _settle(self, job: Job) -> None:
+        """Say what became of a job whose processes have ended."""
+        outcome, reason = await asyncio.to_thread(self._folder(job).outcome, job.attempt)
+        while True:
+            job = await asyncio.to_thread(self._store.get, job.id)
+            move, changes = self._next(job, outcome)
+            ends = move in (Move.SUCCEED, Move.FAIL, Move.STOP)
+            if job.state in TERMINAL or job.state is JobState.DELETING:
+                return
+            if ends:
+                changes["end_time"] = time.time()
+            try:
+                await asyncio.to_thread(
+                    self._store.move, job.id, move, reason, process="", gpus=(), **changes
+                )
+            except TandemError as error:  # the disk is full, or somebody cancelled it just now
+                log.warning("the end of a job cannot be stored now", job=job.id, error=str(error))
+                await asyncio.sleep(_AGAIN_S)
+                continue
+            log.info("ended", job=job.id, attempt=job.attempt, move=move, reason=reason)
+            break
+        if move is Move.RETRY:
+            delay = self._limits.retry_delay_s * 2 ** max(0, changes.get("retries", 1) - 1)
+            self._due[job.id] = time.monotonic() + min(delay, _MAX_DELAY_S)
+        else:
+            self._due.pop(job.id, None)
+
+    def _next(self, job: Job, outcome: Outcome) -> tuple[Move, dict[str, Any]]:
+        if outcome is Outcome.SUCCEEDED:
+            return Move.SUCCEED, {}
+        if job.state is JobState.CANCELLING:
+            return Move.STOP, {}
+        if outcome is Outcome.FAILED:
+            return Move.FAIL, {}
+        identity = Identity.parse(job.process)
+        # Where the whole machine ended, or somebody told the process to, the job is not to blame.
+        if outcome is Outcome.STOPPED or identity is None or identity.boot != processes.boot_id():
+            return Move.RETRY, {}
+        if job.retries >= job.spec.max_retries:
+            return Move.FAIL, {}
+        return Move.RETRY, {"retries": job.retries + 1}
+
+    async def _cancel(self, job: Job) -> None:
+        if (identity := Identity.parse(job.process)) is not None:
+            identity.send(signal.SIGTERM)
+        await asyncio.sleep(self._limits.cancel_grace_s)
+        log.warning("did not end in time, and is killed", job=job.id)
+        await self._kill(job)
+
+    async def _kill(self, job: Job) -> None:
+        identity = Identity.parse(job.process)
+        while True:
+            try:
+                await asyncio.to_thread(processes.kill, self._folder(job).path, identity)
+                break
+            except TimeoutError as error:
+                log.error("cannot end a job", job=job.id, error=str(error))
+        self._folder(job).socket.unlink(missing_ok=True)
+
+    def _followed(self, job_id: str, task: asyncio.Task[None]) -> None:
+        if self._following.get(job_id) is task:
+            del self._following[job_id]
+        if not task.cancelled():
+            if (cancelling := self._cancelling.pop(job_id, None)) is not None:
+                cancelling.cancel()
+            if (error := task.exception()) is not None and not isinstance(error, NotFound):
+                log.error("following a job failed", job=job_id, exc_info=error)
+        self._changed(job_id)
+
+    def _folder(self, job: Job) -> JobFolder:
+        return JobFolder(self._root / job.id)
+
+
+def _spawn(folder: JobFolder, job: Job, training_gpus: int) -> Identity:
+    """Start an attempt's process, in a session of its own: what ends this service does not end it."""
+    environment = {
+        **os.environ,
+        MARK: str(folder.path),
+        "CUDA_VISIBLE_DEVICES": ",".join(job.gpus[:training_gpus]),
+    }
+    environment[ENGINE_GPUS] = ",".join(job.gpus[training_gpus:])
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])]  # where a reward's module may be
+    )
+    environment.pop("NOTIFY_SOCKET", None)  # systemd's, of the service alone
+    with folder.output_file.open("ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "trainer_service.jobs.run", str(folder.path), str(job.attempt)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=environment,
+            start_new_session=True,
+        )
+    # Waited for by its identity, as those of earlier services are: not by the object, which would complain.
+    process.returncode = 0
+    return Identity.of(process.pid)
+
+
+def _reap(pid: int) -> None:
+    with contextlib.suppress(ChildProcessError):  # an earlier service's
+        os.waitpid(pid, 0)
+
+
+async def _ended(task: asyncio.Task[Any] | None) -> None:
+    if task is not None:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)

@@ -1,0 +1,87 @@
+"""The service's side of `check`: a process that has TRL loaded, started when it is first needed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import sys
+
+import structlog
+
+from tandem.errors import Internal, Reason, Violation
+from trainer_service.jobs.spec import JobSpec, refusal
+
+log = structlog.get_logger(__name__)
+
+#: A check may ask the Hugging Face hub.
+_TIMEOUT_S = 120.0
+
+
+class Checker:
+    """Checks jobs, one after the other. Use it from the event loop."""
+
+    def __init__(self) -> None:
+        self._process: asyncio.subprocess.Process | None = None
+        self._turn = asyncio.Lock()
+
+    async def start(self) -> None:
+        """Have the process load what it needs, so that nobody waits for that."""
+        async with self._turn:
+            await self._started()
+
+    async def check(self, spec: JobSpec) -> None:
+        """Return if nothing is wrong with a job.
+
+        Raises:
+            InvalidArgument: names each field at fault.
+            Internal: the check itself failed; its process has written why.
+        """
+        async with self._turn:
+            try:
+                async with asyncio.timeout(_TIMEOUT_S):
+                    found = await self._ask(spec)
+            except BaseException:
+                self._kill()  # or its answer would be the next one's
+                raise
+        if found:
+            raise refusal([Violation(one["field"], one["description"]) for one in found])
+
+    async def stop(self) -> None:
+        """End the process."""
+        process = self._process
+        self._kill()
+        if process is not None:
+            await process.wait()
+
+    async def _ask(self, spec: JobSpec) -> list[dict[str, str]]:
+        process = await self._started()
+        if process.stdin is None or process.stdout is None:
+            raise AssertionError("the process has pipes")
+        process.stdin.write(spec.model_dump_json(exclude_none=True).encode() + b"\n")
+        await process.stdin.drain()
+        answer = json.loads(await process.stdout.readline() or b"null")
+        if answer is None:
+            raise Internal(Reason.BUG, "the check of the job failed; the service's log has why")
+        found: list[dict[str, str]] = answer
+        return found
+
+    async def _started(self) -> asyncio.subprocess.Process:
+        if self._process is None or self._process.returncode is not None:
+            # No GPU: a check must leave nothing on one.
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "trainer_service.jobs.check"),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                limit=1 << 24,
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"},
+                start_new_session=True,
+            )
+        return self._process
+
+    def _kill(self) -> None:
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+            self._process = None

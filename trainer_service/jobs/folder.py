@@ -1,0 +1,179 @@
+"""A job's folder: what is in it, and how the job's processes tell the service of themselves through it.
+
+They only append to files that the service reads when it can: a service that was killed misses nothing, and a training
+never waits for whoever watches it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from tandem.errors import invalid
+from trainer_service.jobs.spec import JobSpec
+
+_CHECKPOINT = "checkpoint-"
+_STATE = "trainer_state.json"  # what transformers writes last
+#: The longest path of the folder's socket beside the folder's own.
+SOCKET = "i.sock"
+#: A longer line of output is cut.
+MAX_LINE_BYTES = 8 << 10
+
+
+class Outcome(StrEnum):
+    """How an attempt ended. One that died told nothing."""
+
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+    STOPPED = "STOPPED"
+    DIED = "DIED"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A complete checkpoint."""
+
+    step: int
+    path: Path
+    nbytes: int
+    time: float
+
+
+class JobFolder:
+    """The folder of one job."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.spec_file = path / "spec.json"
+        self.events_file = path / "events.jsonl"
+        self.output_file = path / "output.log"
+        self.engine_file = path / "engine.log"
+        self.socket = path / SOCKET
+        self.checkpoints_folder = path / "checkpoints"
+
+    def make(self, spec: JobSpec) -> None:
+        """Make it, if it is not there."""
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.checkpoints_folder.mkdir(exist_ok=True)
+        _write(self.spec_file, spec.model_dump_json(exclude_none=True))
+
+    def spec(self) -> JobSpec:
+        """The job's specification."""
+        return JobSpec.model_validate_json(self.spec_file.read_bytes())
+
+    def remove(self) -> None:
+        """Remove all of it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        if self.path.exists():  # with the reason
+            shutil.rmtree(self.path)
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """The complete checkpoints, the oldest first."""
+        found = []
+        for path in self.checkpoints_folder.glob(f"{_CHECKPOINT}*"):
+            try:
+                step = json.loads((path / _STATE).read_bytes())["global_step"]
+                files = [file.stat() for file in path.rglob("*") if file.is_file()]
+                made = (path / _STATE).stat().st_mtime
+            except (OSError, ValueError, KeyError, TypeError):
+                continue  # it is being written, or removed, or was not finished
+            if path.name == f"{_CHECKPOINT}{step}":
+                found.append(Checkpoint(step, path, sum(file.st_size for file in files), made))
+        return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+    def drop_incomplete(self) -> None:
+        """Remove checkpoints that a killed process left half written, for while none writes."""
+        complete = {checkpoint.path for checkpoint in self.checkpoints()}
+        for path in self.checkpoints_folder.glob(f"{_CHECKPOINT}*"):
+            if path not in complete:
+                shutil.rmtree(path)
+
+    def outcome(self, attempt: int) -> tuple[Outcome, str]:
+        """How an attempt ended that has ended, and why."""
+        try:
+            told = json.loads(self._outcome_file(attempt).read_bytes())
+            return Outcome(told["outcome"]), str(told["reason"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return Outcome.DIED, "its process was killed"
+
+    def tell_outcome(self, attempt: int, outcome: Outcome, reason: str = "", *, again: bool = False) -> None:
+        """Say how an attempt ends. What was told first stays, unless `again`."""
+        if again or not self._outcome_file(attempt).exists():
+            _write(self._outcome_file(attempt), json.dumps({"outcome": outcome, "reason": reason}))
+
+    def _outcome_file(self, attempt: int) -> Path:
+        return self.path / f"outcome-{attempt}.json"
+
+
+class EventLog:
+    """Appends to a job's events, one line of JSON each. A line is written in one call, or it does not count."""
+
+    def __init__(self, folder: JobFolder, attempt: int) -> None:
+        self._attempt = attempt
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        self._descriptor = os.open(folder.events_file, flags, 0o600)
+        size = os.fstat(self._descriptor).st_size
+        if size and os.pread(self._descriptor, 1, size - 1) != b"\n":
+            os.write(self._descriptor, b"\n")  # ends the line at which another was killed
+
+    def write(self, kind: str, body: Mapping[str, Any]) -> None:
+        """Append an event. Raises OSError where the disk is full."""
+        line = json.dumps({"kind": kind, "time": time.time(), "attempt": self._attempt, "body": body})
+        data = line.encode() + b"\n"
+        if os.write(self._descriptor, data) != len(data):
+            raise OSError("an event was not written whole: the disk is full")
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+def read_lines(path: Path, offset: int, limit: int, *, rest: bool = False) -> tuple[list[bytes], int]:
+    """Whole lines of a file from `offset`, of about `limit` bytes, and the offset after them.
+
+    A line longer than `limit` comes in parts, and with `rest` so does one without an end: nobody will end it.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            data = file.read(limit)
+    except FileNotFoundError:
+        return [], offset
+    end = data.rfind(b"\n") + 1
+    if (end == 0 and len(data) == limit) or (rest and len(data) < limit):
+        end = len(data)
+    lines = data[:end].split(b"\n")  # not at a progress bar's returns
+    return lines[:-1] if not lines[-1] else lines, offset + end
+
+
+def _write(path: Path, text: str) -> None:
+    """Wholly, or not at all."""
+    aside = path.with_suffix(".new")
+    with aside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def make_private(path: Path) -> Path:
+    """The service's own folder, made if it is not there. Jobs run what is in it: nobody else may write to it.
+
+    Raises:
+        InvalidArgument: names `folder`.
+    """
+    path = path.absolute()
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = path.stat()
+    except OSError as error:
+        raise invalid("folder", f"cannot make {path}: {error.strerror}") from error
+    if found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        raise invalid("folder", f"{path} is another user's, or others may write to it")
+    return path

@@ -1,0 +1,134 @@
+"""What a training tells of itself: figures of its steps, some of its rollouts, its checkpoints."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+from transformers import TrainerCallback
+
+from trainer_service.jobs.folder import EventLog, JobFolder
+
+#: Rollouts told of with each event, and the longest text of one.
+SAMPLES = 4
+MAX_TEXT = 4000
+
+
+class Report(TrainerCallback):
+    """Writes events, in the main process alone. It also ends the training where it was told to."""
+
+    def __init__(self, folder: JobFolder, events: EventLog | None) -> None:
+        self._folder = folder
+        self._events = events
+        self._trainer: Any = None
+        self._version = 0
+        self._seen: dict[str, tuple[list[Any], list[Any], list[Any]]] = {}
+        #: Whether the training was told to end.
+        self.stopping = False
+        #: How far it came.
+        self.state: Any = None
+        #: Whether it has begun.
+        self.training = False
+
+    def attach(self, trainer: Any) -> None:
+        """Follow a trainer."""
+        self._trainer = trainer
+        generation = trainer.vllm_generation
+        rollouts = generation.rollouts
+
+        @functools.wraps(rollouts)
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            found = rollouts(*args, **kwargs)
+            for rollout in found[:1]:
+                self._version = max((span.weight_version for span in rollout.version_spans), default=0)
+            return found
+
+        generation.rollouts = noted
+
+    def record(self, reward: Callable[..., Any]) -> Callable[..., Any]:
+        """A reward function, whose last rollouts are kept: not every algorithm of TRL's keeps them itself."""
+        name = getattr(reward, "__name__", type(reward).__name__)
+        if inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__):
+            return reward  # TRL awaits these together
+
+        @functools.wraps(reward, updated=())
+        def recorded(**given: Any) -> Any:
+            values = reward(**given)
+            self._seen[name] = (given["prompts"][:SAMPLES], given["completions"][:SAMPLES], values[:SAMPLES])
+            return values
+
+        recorded.__name__ = name
+        return recorded
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.training = True
+        if self._events is not None:
+            self._events.write("RUN", {"step": state.global_step, "max_steps": state.max_steps})
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.stopping:
+            control.should_save = control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if self._events is None:
+            return
+        values = {name: float(value) for name, value in (logs or {}).items() if _is_number(value)}
+        where = {"step": state.global_step, "max_steps": state.max_steps, "epoch": state.epoch or 0.0}
+        self._events.write("METRICS", where | {"values": values})
+        if samples := self._samples():
+            self._events.write("SAMPLES", {"step": state.global_step, "samples": samples})
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._events is None:
+            return
+        for found in self._folder.checkpoints():
+            if found.step == state.global_step:
+                body = {
+                    "step": found.step,
+                    "path": str(found.path),
+                    "bytes": found.nbytes,
+                    "time": found.time,
+                }
+                self._events.write("CHECKPOINT", body)
+
+    def _samples(self) -> list[dict[str, Any]]:
+        logs = getattr(self._trainer, "_logs", None)
+        if logs and logs.get("prompt"):
+            rewards = {name: list(values) for name, values in logs["rewards"].items()}
+            prompts, completions = list(logs["prompt"]), list(logs["completion"])
+            advantages: list[Any] | None = list(logs.get("advantages", ())) or None
+        elif self._seen:
+            prompts, completions, _ = next(iter(self._seen.values()))
+            rewards = {name: values for name, (_, _, values) in self._seen.items()}
+            advantages = None
+        else:
+            return []
+        found = []
+        for i in range(min(SAMPLES, len(prompts))):
+            earned = {name: float(values[i]) for name, values in rewards.items() if _is_number(values[i])}
+            sample = {
+                "prompt": _text(prompts[i]),
+                "completion": _text(completions[i]),
+                "rewards": earned,
+                "weight_version": self._version,
+            }
+            if advantages is not None and _is_number(advantages[i]):
+                sample["advantage"] = float(advantages[i])
+            found.append(sample)
+        return found
+
+
+def _is_number(value: Any) -> bool:
+    # A JSON line has no infinity, and a figure that is none tells nothing.
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _text(turn: Any) -> str:
+    """A prompt or a completion to read: text, or a chat's messages one below the other."""
+    if isinstance(turn, str):
+        return turn[:MAX_TEXT]
+    lines = [f"{message.get('role', '')}: {message.get('content', '')}" for message in turn]
+    return "\n".join(lines)[:MAX_TEXT]
