@@ -22,11 +22,13 @@ _FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 @dataclass
 class Adapter:
-    """One that was loaded. `request` is vLLM's name for it."""
+    """One that rollouts can ask for. `request` is vLLM's name for it."""
 
     request: Any
     users: int = 0
     retired: bool = False
+    trained: bool = False  # by a session's updates: it has no folder
+    digest: int | None = None  # of the last of those
 
 
 class Loras:
@@ -35,11 +37,15 @@ class Loras:
     Each is kept as a copy: vLLM reads an adapter's folder again whenever it made room for another meanwhile, and dies
     if it is not there any more. The copy's path, which is never used twice, also keeps the prefixes apart that were
     cached with different weights under one name. What runs with an adapter that is replaced or unloaded ends with it.
+
+    Those of trainers are replaced in place: what runs with one goes on with its new weights, and prefixes are forgotten
+    with each update.
     """
 
     def __init__(self, llm: Any) -> None:
         self._llm = llm
         self._adapters: dict[str, Adapter] = {}
+        self._trained: dict[str, Adapter] = {}
         self._ids = itertools.count(1)
         self._folder = tempfile.mkdtemp(prefix="tandem-loras-")
 
@@ -59,6 +65,37 @@ class Loras:
             raise NotFound(Reason.LORA_NOT_FOUND, f"no adapter {name!r} is loaded", metadata={"lora": name})
         return self._adapters[name]
 
+    def limits(self) -> tuple[str, int]:
+        """The dtype in which the engine has adapters, and the highest rank.
+
+        Raises:
+            FailedPrecondition: LORA_OFF.
+        """
+        self._check_on()
+        config = self._llm.vllm_config.lora_config
+        return str(config.lora_dtype).removeprefix("torch."), int(config.max_lora_rank)
+
+    def trained(self, name: str) -> Adapter:
+        """A trainer's adapter of that name, always the same. Rollouts can ask for it once it was `put`."""
+        from vllm.lora.request import LoRARequest
+
+        if name not in self._trained:
+            number = next(self._ids)
+            request = LoRARequest(name, number, os.path.join(self._folder, str(number)))
+            self._trained[name] = Adapter(request, trained=True)
+        return self._trained[name]
+
+    def put(self, name: str, adapter: Adapter) -> None:
+        """Let rollouts ask for what the engine has under that name now."""
+        old, self._adapters[name] = self._adapters.get(name), adapter
+        adapter.retired = False
+        if old is not None and old is not adapter:
+            self._retire(old)
+
+    def drop(self, name: str) -> None:
+        """Let no rollout ask for it any more."""
+        self._adapters.pop(name, None)
+
     @contextlib.asynccontextmanager
     async def copied(self, name: str, path: str, policy: Shapes | None = None) -> AsyncIterator[Adapter]:
         """A copy of the adapter in the folder `path`, to `load`. It is removed if the block fails.
@@ -72,6 +109,8 @@ class Loras:
         from vllm.lora.request import LoRARequest
 
         self._check_on()
+        if name in self._adapters and self._adapters[name].trained:
+            raise invalid("name", f"{name!r} is a trainer's adapter: unload it first, or choose another name")
         number = next(self._ids)
         adapter = Adapter(LoRARequest(name, number, os.path.join(self._folder, str(number))))
         try:
@@ -93,16 +132,18 @@ class Loras:
             if self._llm.errored:
                 raise
             raise invalid("path", one_line(error)) from error
-        old, self._adapters[name] = self._adapters.get(name), adapter
-        if old is not None:
-            self._retire(old)
+        self.put(name, adapter)
 
     async def unload(self, name: str) -> None:
         """Forget an adapter. Raises as `get` does."""
         adapter = self.get(name)
         del self._adapters[name]
         self._retire(adapter)
-        if not adapter.users:
+        if adapter.users:
+            return
+        if adapter.trained:
+            await self._llm.collective_rpc("tandem_adapter_forget", args=(adapter.request.lora_int_id,))
+        else:
             await self._llm.remove_lora(adapter.request.lora_int_id)
 
     @contextlib.contextmanager
@@ -147,13 +188,26 @@ def _copy(path: str, to: str, policy: Shapes) -> None:
         raise invalid("path", f"{_FILES[1]} cannot be read: {one_line(error)}") from error
     for name, shape in shapes.items():
         module, _, part = name.removeprefix("base_model.model.").partition(".lora_")
-        if module.endswith(("lm_head", "embed_tokens")):
-            # Score would leave it out: vLLM gives a prompt's logprobs without an adapter's share in the logits.
-            raise invalid("path", f"the adapter changes {module}, which is not supported")
-        if not policy:
-            continue
-        if (weight := policy.get(f"{module}.weight")) is None:
-            raise invalid("path", f"the adapter changes {module}, which the policy does not have")
-        fits = {"A.weight": shape[1:] == weight[1:], "B.weight": shape[:1] == weight[:1]}.get(part, True)
-        if not fits:
-            raise invalid("path", f"{name} has shape {list(shape)}, but {module}.weight {list(weight)}")
+        if why := why_not_adapted(module, name, shape, policy, part):
+            raise invalid("path", why)
+
+
+def why_not_adapted(module: str, name: str, shape: tuple[int, ...], policy: Shapes, part: str) -> str:
+    """What keeps the engine from using an adapter's tensor.
+
+    Args:
+        module: that it adapts.
+        name: of the tensor.
+        shape: of the tensor.
+        policy: shapes of the policy's tensors, if known.
+        part: A.weight or B.weight.
+    """
+    if module.endswith(("lm_head", "embed_tokens")):
+        # Score would leave it out: vLLM gives a prompt's logprobs without an adapter's share in the logits.
+        return f"the adapter changes {module}, which is not supported"
+    if not policy:
+        return ""
+    if (weight := policy.get(f"{module}.weight")) is None:
+        return f"the adapter changes {module}, which the policy does not have"
+    fits = {"A.weight": shape[1:] == weight[1:], "B.weight": shape[:1] == weight[:1]}.get(part, True)
+    return "" if fits else f"{name} has shape {list(shape)}, but {module}.weight {list(weight)}"

@@ -25,6 +25,7 @@ from inference_service.arenas import EngineArenas
 from inference_service.engine import Engine, PauseMode
 from inference_service.rollouts import Rollouts
 from inference_service.staging import Staging
+from inference_service.trained import TrainedAdapter
 from tandem.errors import Aborted, DataLoss, FailedPrecondition, Reason, TandemError, Unavailable, invalid
 
 log = structlog.get_logger(__name__)
@@ -70,7 +71,7 @@ class Policy:
         self._torn = ""
         self._stray: Writer | None = None  # lost its lease and may still be writing
         self._update: Update | None = None
-        self._writes = 0  # times that writing in place began
+        self.writes = 0  # times that writing the engine's memory began
         self._ending: set[asyncio.Task[Any]] = set()
 
     @property
@@ -101,6 +102,7 @@ class Policy:
         in_flight: PauseMode = "keep",
         writer: Writer | None = None,
         new_version: int | None = None,
+        adapter: TrainedAdapter | None = None,
     ) -> Update:
         """Take the write lease for one update.
 
@@ -112,13 +114,15 @@ class Policy:
             writer: who writes in place, if it is another process. One that lost its lease cannot be kept from
                 writing on: as long as it lives nobody else gets the lease, so that nothing is served which it
                 may spoil.
+            adapter: what a staged update carries in place of the policy, if it does.
 
         An update carries every tensor (a staged one is checked for it, an in-place one by its digest, unless
-        all the trainer's parameters are the engine's memory), so that each commit heals a torn engine.
+        all the trainer's parameters are the engine's memory), so that each commit heals a torn engine. An adapter's
+        does not, and is refused there.
 
         Raises:
             InvalidArgument: `new_version`. Aborted: LEASE_HELD. FailedPrecondition: BASE_VERSION_MISMATCH.
-            Unavailable: ENGINE_DEAD.
+            Unavailable: ENGINE_DEAD, and ENGINE_TORN for an adapter.
         """
         if self._update is not None:
             raise Aborted(Reason.LEASE_HELD, "another update is under way")
@@ -133,11 +137,15 @@ class Policy:
                 f"the update builds on version {base_version}, but version {self.version} is committed",
                 metadata={"base_version": str(base_version), "weight_version": str(self.version)},
             )
+        if adapter is not None:
+            adapter.check()
         number = base_version + 1 if new_version is None else new_version
         if not base_version < number < 2**63:
             raise invalid("begin.new_version", f"must be above the base version {base_version}, got {number}")
         self.require_life()
-        update = self._update = Update(self, number, in_place=in_place, in_flight=in_flight, writer=writer)
+        update = self._update = Update(
+            self, number, in_place=in_place, in_flight=in_flight, writer=writer, adapter=adapter
+        )
         if in_place:
             try:
                 await update.stop_generation()
@@ -145,7 +153,8 @@ class Policy:
                 await self.to_its_end(update.end())  # nothing was written yet, whatever happened
                 raise
             update.start_writing()
-        self.tell()
+        else:
+            self.tell()
         return update
 
     async def restore(self) -> int:
@@ -177,9 +186,9 @@ class Policy:
         self._require_arenas()
         if self.state is WeightState.WRITING:
             raise Aborted(Reason.LEASE_HELD, "the weights are being written")
-        writes = self._writes
+        writes = self.writes
         found = await self.arenas.find_digest()
-        if writes != self._writes:
+        if writes != self.writes:
             raise Aborted(Reason.LEASE_HELD, "the weights were written while they were read")
         return found
 
@@ -228,6 +237,7 @@ class Update:
         in_place: bool,
         in_flight: PauseMode,
         writer: Writer | None = None,
+        adapter: TrainedAdapter | None = None,
     ) -> None:
         self.in_place = in_place
         self.writing = False  # the engine's memory is written now, or may be
@@ -237,7 +247,9 @@ class Update:
         self._writer = writer
         self._ended = False
         self._stopped_at: float | None = None
-        self._staging = None if in_place else Staging(policy.manifest)
+        self._adapter = adapter
+        carried = policy.manifest if adapter is None else adapter.manifest
+        self._staging = None if in_place else Staging(carried)
 
     async def stop_generation(self) -> None:
         """Have the engine idle."""
@@ -250,7 +262,8 @@ class Update:
     def start_writing(self) -> None:
         """From here on a failure leaves a mix."""
         self.writing = True
-        self._policy._writes += 1
+        self._policy.writes += self._adapter is None
+        self._policy.tell()
 
     def chunk(self, tensor: int, offset: int, data: bytes) -> None:
         """Stage a piece of a tensor.
@@ -319,10 +332,13 @@ class Update:
         policy, arenas = self._policy, self._policy.arenas
         if self._staging is not None:
             self._staging.complete()
-            self._compare(digest, await asyncio.to_thread(self._staging.digest))
+            found = await asyncio.to_thread(self._staging.digest)
+            self._compare(digest, found)
+            if self._adapter is not None:
+                await self._adapter.bring(self, self._staging, found)
+                return
             await self.stop_generation()
             self.start_writing()
-            policy.tell()
             await arenas.write_staged(self._staging)
         elif digest is not None:
             self._compare(digest, await arenas.find_digest())

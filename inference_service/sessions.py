@@ -21,6 +21,7 @@ from typing import Any
 import structlog
 
 from inference_service.arenas import EngineArenas
+from inference_service.trained import TrainedAdapter
 from tandem.errors import Aborted, FailedPrecondition, InvalidArgument, NotFound, Reason, Violation
 from weight_transfer import descriptors
 from weight_transfer.identity import ProcessIdentity
@@ -43,6 +44,7 @@ class Session:
     transport: str
     reason: str  # why not a faster transport
     tensors: tuple[TensorSpec, ...]
+    adapter: TrainedAdapter | None = None  # what its updates carry, if not the policy
     token: bytes = b""
     aliased: bool = False  # every parameter of the trainer may be the engine's memory
     committed: bool = False  # it has committed an update: what can be aliased is
@@ -112,30 +114,46 @@ class Sessions:
             self._listener.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def open(self, tensors: Sequence[TensorSpec], identity: ProcessIdentity, transport: str = "") -> Session:
-        """Introduce a trainer that has `tensors`.
-
-        Args:
-            transport: the one to use, or "" to have the fastest possible one chosen.
+    def check(self, tensors: Sequence[TensorSpec]) -> None:
+        """Compare a trainer's tensors with the engine's.
 
         Raises:
             InvalidArgument: MANIFEST_MISMATCH, naming every tensor that is not the engine's.
-            FailedPrecondition: TRANSPORT_UNAVAILABLE, saying why.
-            Aborted: LEASE_HELD, another trainer shares the engine's memory.
+            FailedPrecondition: TRANSPORT_UNAVAILABLE, the engine has none to compare with, and why.
         """
         if self._arenas.reason:
             raise FailedPrecondition(Reason.TRANSPORT_UNAVAILABLE, self._arenas.reason)
         if found := mismatches(self._arenas.manifest, tensors):
-            log.warning(
-                "manifest refused", pid=identity.pid, mismatches=[f"{m.name}: {m.problem}" for m in found]
-            )
+            log.warning("manifest refused", mismatches=[f"{m.name}: {m.problem}" for m in found])
             raise InvalidArgument(
                 Reason.MANIFEST_MISMATCH,
                 f"{len({m.name for m in found})} tensors are not the engine's, "
                 f"first {found[0].name}: {found[0].problem}",
                 violations=[Violation(f"tensors[{m.name}]", m.problem) for m in found],
             )
-        why_not = self._identity.why_not_shared(identity)
+
+    def open(
+        self,
+        tensors: Sequence[TensorSpec],
+        identity: ProcessIdentity,
+        transport: str = "",
+        adapter: TrainedAdapter | None = None,
+    ) -> Session:
+        """Introduce a trainer that has `tensors`.
+
+        Args:
+            tensors: of the trainer's policy.
+            identity: where the trainer lives.
+            transport: the one to use, or "" to have the fastest possible one chosen.
+            adapter: what its updates shall carry in place of the policy, by stream alone.
+
+        Raises:
+            FailedPrecondition: TRANSPORT_UNAVAILABLE, saying why. And what `check` raises.
+            Aborted: LEASE_HELD, another trainer shares the engine's memory.
+        """
+        self.check(tensors)
+        why_not = "" if adapter is None else "an adapter is no memory of the engine's"
+        why_not = why_not or self._identity.why_not_shared(identity)
         if transport == SHARED and why_not:
             raise FailedPrecondition(Reason.TRANSPORT_UNAVAILABLE, f"shared: {why_not}")
         if self._shared is not None:
@@ -147,6 +165,7 @@ class Sessions:
             transport=chosen,
             reason=why_not if chosen == STREAM and not transport else "",
             tensors=tuple(tensors),
+            adapter=adapter,
             aliased=chosen == SHARED and not any(where[t.name].alias_reason(t.dtype) for t in tensors),
         )
         if chosen == SHARED:

@@ -7,7 +7,7 @@ Arguments and results are plain values, as vLLM's message passing wants them.
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,9 +15,12 @@ from inference_service import loader, orphans, passing
 from inference_service.staging import tensors_in
 from weight_transfer.arena import Arena
 from weight_transfer.digest import combine
-from weight_transfer.manifest import Manifest
+from weight_transfer.manifest import Manifest, TensorSpec
 from weight_transfer.reading import digests
 from weight_transfer.write import copy
+
+if TYPE_CHECKING:
+    from inference_service.worker_adapters import WorkerAdapters
 
 orphans.end_with_service()
 
@@ -82,6 +85,46 @@ class TandemWorker:
             # To the device whole, and there to its place.
             copy(placement.pairs(held.arenas, tensor.to(held.arenas[0].device)))
         self.tandem_settle()
+
+    def tandem_adapter_missing(self, modules: list[str]) -> list[str]:
+        """Those of `modules` that cannot be adapted here."""
+        return self._tandem_adapters().missing(modules)
+
+    def tandem_adapter_prepare(
+        self, number: int, path: str, size: int, specs: list[tuple[str, str, list[int]]]
+    ) -> None:
+        """Take an adapter's weights, which the service staged, and change nothing yet."""
+        manifest = Manifest(tuple(TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in specs))
+        (fd,) = passing.take(path)
+        staged = Arena.open(fd, size)
+        os.close(fd)
+        tensors = zip(manifest, tensors_in(staged, manifest), strict=True)
+        self._tandem_adapters().prepare(number, {spec.name: tensor.clone() for spec, tensor in tensors})
+
+    def tandem_adapter_swap(self, name: str, number: int, path: str) -> None:
+        """Have the adapter be what was prepared, or what it was."""
+        from vllm.lora.request import LoRARequest
+
+        self._tandem_adapters().swap(LoRARequest(name, number, path))
+        self.tandem_settle()
+
+    def tandem_adapter_revert(self) -> None:
+        """Undo `tandem_adapter_prepare` and, where it was done here, `tandem_adapter_swap`."""
+        self._tandem_adapters().revert()
+        self.tandem_settle()
+
+    def tandem_adapter_forget(self, number: int) -> None:
+        """Let go of an adapter."""
+        self._tandem_adapters().forget(number)
+
+    def _tandem_adapters(self) -> WorkerAdapters:
+        found: WorkerAdapters | None = self.__dict__.get("_tandem_held_adapters")
+        if found is None:
+            from inference_service.worker_adapters import WorkerAdapters
+
+            found = WorkerAdapters(self.model_runner.lora_manager)  # type: ignore[attr-defined]
+            self.__dict__["_tandem_held_adapters"] = found
+        return found
 
     def tandem_settle(self) -> None:
         """Wait for every kernel of this process."""

@@ -57,7 +57,8 @@ def arguments(kind: str, folder: Path, **values: Any) -> GRPOConfig | RLOOConfig
 def make(kind: str, service: Service, model: PreTrainedModel, folder: Path, **values: Any) -> Any:
     """A trainer of `kind` over `service`; `values` are of its config, but for those that the trainer
     itself takes."""
-    own = {name: values.pop(name) for name in ("peft_config", "callbacks", "optimizers") if name in values}
+    names = ("peft_config", "callbacks", "optimizers", "lora_mode")
+    own = {name: values.pop(name) for name in names if name in values}
     cls = values.pop("cls", {"grpo": trainers.GRPOTrainer, "rloo": trainers.RLOOTrainer}[kind])
     return cls(
         model,

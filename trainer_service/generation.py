@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 
 #: Rollouts of one rank stay apart from those of the next by this much, where a seed is set.
 SEEDS_PER_RANK = 2**32
-_TRY_AGAIN = (Reason.QUEUE_FULL, Reason.BASE_VERSION_MISMATCH)
+#: The adapter that is the policy is not there in an engine that was started again.
+_TRY_AGAIN = (Reason.QUEUE_FULL, Reason.BASE_VERSION_MISMATCH, Reason.LORA_NOT_FOUND)
 
 
 class RemoteGeneration(VLLMGeneration):
@@ -47,6 +48,7 @@ class RemoteGeneration(VLLMGeneration):
         client: InferenceClient,
         weights: PolicyWeights | None,
         gathering: Gathering | None = None,
+        lora: str = "",
         **kwargs: Any,
     ):
         """Arguments are VLLMGeneration's, and:
@@ -54,10 +56,12 @@ class RemoteGeneration(VLLMGeneration):
         client: the service.
         weights: set in the main process only.
         gathering: how ranks read a model together that is spread over them.
+        lora: the engine's adapter that is the policy, where its weights are not.
         """
         self.client = client
         self.weights = weights
         self.gathering = gathering
+        self.lora = lora
         self.calls = 0
         self._version = 0  # what the last sync committed
         self._metrics: dict[str, list[float]] = defaultdict(list)
@@ -199,7 +203,7 @@ class RemoteGeneration(VLLMGeneration):
         wanted = self._wants_logprobs()
         for left in reversed(range(ATTEMPTS)):
             try:
-                rollouts = self.client.generate(groups, sampling, logprobs=wanted)
+                rollouts = self.client.generate(groups, sampling, logprobs=wanted, lora=self.lora)
                 self._check(rollouts)
             except TandemError as error:
                 if not left or not (is_gone(error) or error.reason in _TRY_AGAIN):

@@ -33,7 +33,9 @@ EVERYTHING: Any = _Everything()
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
-def policy_tensors(model: nn.Module, wanted: Container[str] = ()) -> list[SourceTensor]:
+def policy_tensors(
+    model: nn.Module, wanted: Container[str] = (), *, merged: bool = True
+) -> list[SourceTensor]:
     """List the tensors of `model`: each parameter once, and what else `wanted` names, tied or a buffer.
 
     LoRA adapters are merged into fresh tensors, one at a time, as they are read; the model itself is never
@@ -43,6 +45,7 @@ def policy_tensors(model: nn.Module, wanted: Container[str] = ()) -> list[Source
     Args:
         model: as the trainer holds it; wrappers of DDP and of torch.compile are looked through.
         wanted: names in the engine's manifest.
+        merged: whether LoRA adapters are merged, or left out.
 
     Raises:
         FailedPrecondition: the model is quantized, wrapped by FSDP1, or adapted in a way that cannot be merged.
@@ -50,16 +53,16 @@ def policy_tensors(model: nn.Module, wanted: Container[str] = ()) -> list[Source
     model = unwrap(model)
     found: dict[str, SourceTensor] = {}
     seen: set[int] = set()
-    for name, source, identity in _walk(_base(model), ""):
+    for name, source, identity in _walk(base_of(model), "", merged):
         first = identity not in seen
         if first or name in wanted:
             # A tensor can be a view of one place only: a tied duplicate is written.
             found[name] = source if first else replace(source, parameter=None)
             seen.add(identity)
-    for name, buffer in _base(model).named_buffers():
-        name = _clean(name)
+    for name, buffer in base_of(model).named_buffers():
+        name = clean(name)
         if name in wanted and name not in found:
-            found[name] = _source(name, buffer, None)
+            found[name] = source_of(name, buffer, None)
     return list(found.values())
 
 
@@ -67,7 +70,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The model itself, out of what trains it on several ranks or compiles it."""
     while True:
         if isinstance(model, FullyShardedDataParallel):
-            raise _unsupported("it is wrapped by FSDP1; fsdp_version 2 is supported")
+            raise unsupported("it is wrapped by FSDP1; fsdp_version 2 is supported")
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
         elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
@@ -76,30 +79,31 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def _base(model: nn.Module) -> nn.Module:
-    config, base_of = getattr(model, "peft_config", None), getattr(model, "get_base_model", None)
-    if config is None or base_of is None:
+def base_of(model: nn.Module) -> nn.Module:
+    """The model that PEFT adapts, or the model itself."""
+    config, inner = getattr(model, "peft_config", None), getattr(model, "get_base_model", None)
+    if config is None or inner is None:
         return model
     for name, adapter in config.items():
         if adapter.is_prompt_learning:
-            raise _unsupported(f"adapter {name!r} is {adapter.peft_type}, which has no weights to merge")
-    base: nn.Module = base_of()
+            raise unsupported(f"adapter {name!r} is {adapter.peft_type}, which has no weights to merge")
+    base: nn.Module = inner()
     return base
 
 
-def _walk(module: nn.Module, prefix: str) -> Walk:
+def _walk(module: nn.Module, prefix: str, merged: bool) -> Walk:
     """Every parameter below `module`."""
     if (adapted := _adapted(module)) is not None:
-        yield from adapted(module, prefix)
+        yield from adapted(module, prefix, merged)
         return
     for name, parameter in module.named_parameters(recurse=False):
-        yield prefix + name, _source(prefix + name, parameter, parameter), id(parameter)
+        yield prefix + name, source_of(prefix + name, parameter, parameter), id(parameter)
     for name, child in module.named_children():
         # Wrappers appear in the modules' names, not in the checkpoint's.
-        yield from _walk(child, prefix if name in _WRAPPERS else f"{prefix}{name}.")
+        yield from _walk(child, prefix if name in _WRAPPERS else f"{prefix}{name}.", merged)
 
 
-def _adapted(module: nn.Module) -> Callable[[Any, str], Walk] | None:
+def _adapted(module: nn.Module) -> Callable[[Any, str, bool], Walk] | None:
     """The walk for a module that PEFT put in another's place; None for an ordinary one."""
     if not type(module).__module__.startswith("peft."):
         return None
@@ -110,19 +114,20 @@ def _adapted(module: nn.Module) -> Callable[[Any, str], Walk] | None:
         return _walk_saved
     if isinstance(module, LoraLayer) and type(module).__name__ != "ParamWrapper":
         return _walk_lora
-    raise _unsupported(f"{type(module).__name__} is not LoRA; only LoRA can be merged for the engine")
+    raise unsupported(f"{type(module).__name__} is not LoRA; only LoRA can be merged for the engine")
 
 
-def _walk_saved(module: Any, prefix: str) -> Walk:
+def _walk_saved(module: Any, prefix: str, merged: bool) -> Walk:
     saved, active = module.modules_to_save, module.active_adapters
-    yield from _walk(saved[active[0]] if active and active[0] in saved else module.original_module, prefix)
+    chosen = saved[active[0]] if merged and active and active[0] in saved else module.original_module
+    yield from _walk(chosen, prefix, merged)
 
 
-def _walk_lora(module: Any, prefix: str) -> Walk:
+def _walk_lora(module: Any, prefix: str, merged: bool) -> Walk:
     base = module.get_base_layer()
     for name, parameter in base.named_parameters(recurse=False):
-        merged = partial(_merged, module, name)
-        yield prefix + name, _source(prefix + name, parameter, None, merged), id(parameter)
+        read = partial(_merged, module, name) if merged else None
+        yield prefix + name, source_of(prefix + name, parameter, None, read), id(parameter)
 
 
 def _merged(layer: Any, name: str) -> torch.Tensor:
@@ -157,14 +162,15 @@ def plain(module: nn.Module, name: str) -> torch.Tensor:
     return whole(module.get_parameter(name))
 
 
-def _source(
+def source_of(
     name: str,
     tensor: torch.Tensor,
     parameter: nn.Parameter | None,
     read: Callable[[], torch.Tensor] | None = None,
 ) -> SourceTensor:
+    """`tensor` as what moves: as it is, or as `read` gives it. `parameter` if it may become the engine's memory."""
     if not (tensor.is_floating_point() or parameter is None):
-        raise _unsupported(f"{name} is quantized to {tensor.dtype}; the engine needs plain weights")
+        raise unsupported(f"{name} is quantized to {tensor.dtype}; the engine needs plain weights")
     if hasattr(tensor, "_hp_mapping"):
         # DeepSpeed's ZeRO-1 and 2 and its bf16 optimizer write flat buffers that their parameters are views of.
         # One that became engine memory would be trained no more.
@@ -182,11 +188,13 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
         return whole(tensor).clone()
 
 
-def _clean(name: str) -> str:
+def clean(name: str) -> str:
+    """A name without what wrappers add to it."""
     return ".".join(part for part in name.split(".") if part not in (*_WRAPPERS, "base_layer"))
 
 
-def _unsupported(what: str) -> FailedPrecondition:
+def unsupported(what: str) -> FailedPrecondition:
+    """The error for a policy that cannot be sent, or not in the way asked for."""
     return FailedPrecondition(
         Reason.TRANSPORT_UNAVAILABLE, f"The policy cannot be sent to the engine: {what}."
     )

@@ -30,6 +30,8 @@ PolicyOf = Callable[[Sequence[str]], list[SourceTensor]]
 class Session:
     """The policy of one trainer, accepted by one life of the engine."""
 
+    _adapter = ""
+
     def __init__(
         self, client: InferenceClient, policy_of: PolicyOf, *, transport: str | None, timeout_s: float
     ) -> None:
@@ -49,17 +51,11 @@ class Session:
         self._client = client
         with rpc.translated():
             answer = client.weights.GetManifest(pb.GetManifestRequest(), timeout=timeout_s)
-        manifest = _manifest(answer.manifest)
+        manifest = manifest_of(answer.manifest)
         self.names = [tensor.name for tensor in manifest]
         policy = policy_of(self.names)
-        request = pb.OpenSessionRequest(
-            identity=_identity(policy),
-            tensors=[
-                pb.TensorSpec(name=s.name, dtype=_dtype_value(s.spec.dtype), shape=s.spec.shape)
-                for s in policy
-            ],
-            transport=_transport_value(transport),
-        )
+        request = self._request(manifest, policy)
+        request.transport = _transport_value(transport)
         with rpc.translated():
             opened = client.weights.OpenSession(request, timeout=timeout_s)
         self.id = opened.session_id
@@ -68,11 +64,20 @@ class Session:
         self.lease_timeout_s = opened.lease_timeout.ToNanoseconds() / 1e9
         chosen = pb.Transport.Name(opened.transport).removeprefix("TRANSPORT_").lower()
         try:
-            self.transport = open_transport(_handshake(chosen, opened, manifest, policy), timeout_s)
+            carried = self._carried(manifest, opened)
+            self.transport = open_transport(_handshake(chosen, opened, carried, policy), timeout_s)
         except (ImportError, OSError, RuntimeError, ValueError) as error:
             message = f"The {chosen} transport could not be opened: {error}"
             raise FailedPrecondition(Reason.TRANSPORT_UNAVAILABLE, message) from error
         logger.info("weights move by the %s transport%s", chosen, opened.reason and f": {opened.reason}")
+
+    def _request(self, manifest: Manifest, policy: list[SourceTensor]) -> pb.OpenSessionRequest:
+        """What introduces the policy to an engine of that manifest."""
+        return pb.OpenSessionRequest(identity=_identity(policy), tensors=specs_of(policy))
+
+    def _carried(self, manifest: Manifest, opened: pb.OpenSessionResponse) -> Manifest:
+        """What updates carry."""
+        return manifest
 
     def begin(self, number: int, *, timeout_s: float = UPDATE_TIMEOUT_S) -> Lease:
         """Take the lease for the update that makes version `number` on top of `weight_version`.
@@ -91,7 +96,7 @@ class Session:
 
     def holds(self, number: int, digest: int) -> bool:
         """Whether the engine has committed weights of this digest as version `number`."""
-        request = pb.GetWeightVersionRequest(include_digest=True)
+        request = pb.GetWeightVersionRequest(include_digest=True, adapter=self._adapter)
         with rpc.translated():
             now = self._client.weights.GetWeightVersion(request, timeout=ANSWER_TIMEOUT_S)
         committed: bool = now.state == pb.WEIGHT_STATE_COMMITTED and now.digest == digest
@@ -110,6 +115,11 @@ def _identity(policy: Sequence[SourceTensor]) -> pb.ProcessIdentity:
     )
 
 
+def specs_of(policy: Sequence[SourceTensor]) -> list[pb.TensorSpec]:
+    """The tensors, as messages."""
+    return [pb.TensorSpec(name=s.name, dtype=_dtype_value(s.spec.dtype), shape=s.spec.shape) for s in policy]
+
+
 def _dtype_value(name: str) -> pb.Dtype:
     # Of a dtype that the contract has no name for, the service says which tensor has it.
     number = dict(pb.Dtype.items()).get(f"DTYPE_{name.upper()}", pb.DTYPE_UNSPECIFIED)
@@ -120,7 +130,8 @@ def _transport_value(name: str | None) -> pb.Transport:
     return cast(pb.Transport, 0 if name is None else pb.Transport.Value(f"TRANSPORT_{name.upper()}"))
 
 
-def _manifest(message: pb.Manifest) -> Manifest:
+def manifest_of(message: pb.Manifest) -> Manifest:
+    """The message as ours, checked against its digest."""
     manifest = Manifest(
         tuple(
             TensorSpec(t.name, pb.Dtype.Name(t.dtype).removeprefix("DTYPE_").lower(), tuple(t.shape))

@@ -24,6 +24,8 @@ from torch import nn
 
 from tandem.engine.v1.engine_pb2 import ServingState
 from tandem.errors import Aborted, DeadlineExceeded, FailedPrecondition, Reason, TandemError
+from trainer_service.adapter_session import AdapterSession
+from trainer_service.adapter_tensors import adapter_tensors
 from trainer_service.client import WRITABLE, InferenceClient, is_gone
 from trainer_service.lease import Lease
 from trainer_service.policy_tensors import policy_tensors
@@ -61,6 +63,7 @@ class PolicyWeights:
         transport: str | Sequence[str] | None = None,
         timeout_s: float = 240.0,
         led: Callable[[list[SourceTensor]], list[SourceTensor]] = list,
+        adapter: str = "",
     ) -> None:
         """Prepare; nothing is called before `open` or the first `sync`.
 
@@ -71,6 +74,7 @@ class PolicyWeights:
                 service choose.
             timeout_s: how many seconds to wait for an engine that went away to come back.
             led: goes around the tensors of a policy that other ranks must read too.
+            adapter: what to call the model's LoRA adapter in the engine, if it is all that the engine is given.
         """
         self.history: deque[UpdateStats] = deque(maxlen=1000)
         self.committed = 0  # updates, in all sessions
@@ -79,6 +83,7 @@ class PolicyWeights:
         self._transports = [transport] if transport is None or isinstance(transport, str) else transport
         self._timeout_s = timeout_s
         self._led = led
+        self._adapter = adapter
         self._session: Session | None = None
         self._lease: Lease | None = None
         self._depth = 0
@@ -138,6 +143,8 @@ class PolicyWeights:
         self._steps = self._steps or Steps(self)
 
     def _open(self) -> Session:
+        if self._adapter:
+            return AdapterSession(self._client, self._policy, self._base, name=self._adapter)
         *others, last = self._transports
         for transport in others:
             try:
@@ -208,7 +215,13 @@ class PolicyWeights:
         self._end_session("the engine was restarted")
 
     def _policy(self, wanted: Sequence[str]) -> list[SourceTensor]:
+        """What updates carry."""
+        if self._adapter:
+            return self._led(adapter_tensors(self._model()))
         return self._led(policy_tensors(self._model(), frozenset(wanted)))
+
+    def _base(self, wanted: Sequence[str]) -> list[SourceTensor]:
+        return self._led(policy_tensors(self._model(), frozenset(wanted), merged=False))
 
     def _sync(self) -> None:
         self.open()

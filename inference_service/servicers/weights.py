@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from datetime import timedelta
 from typing import Any, cast
 
@@ -11,6 +11,7 @@ from inference_service.host import Host
 from inference_service.policy import Policy, Update
 from inference_service.servicers.engine import pause_mode
 from inference_service.sessions import SHARED, STREAM, Session
+from inference_service.trained import trained_adapter
 from tandem.errors import (
     Aborted,
     FailedPrecondition,
@@ -24,7 +25,7 @@ from tandem.errors import InvalidArgument as InvalidArgumentError
 from tandem.weights.v1 import weights_pb2 as pb
 from tandem.weights.v1 import weights_pb2_grpc
 from weight_transfer.identity import ProcessIdentity
-from weight_transfer.manifest import TensorSpec
+from weight_transfer.manifest import Manifest, TensorSpec
 from weight_transfer.placement import Placement
 
 _TICKS = 8
@@ -41,16 +42,21 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
 
     async def GetManifest(self, request: pb.GetManifestRequest, context: Any) -> pb.GetManifestResponse:
         policy = self._host.policy
-        manifest = policy.manifest
-        tensors = [pb.TensorSpec(name=t.name, dtype=_dtype(t.dtype), shape=t.shape) for t in manifest]
         return pb.GetManifestResponse(
-            manifest=pb.Manifest(tensors=tensors, digest=manifest.digest),
-            engine_id=policy.engine.info.engine_id,
+            manifest=_manifest(policy.manifest), engine_id=policy.engine.info.engine_id
         )
 
     async def OpenSession(self, request: pb.OpenSessionRequest, context: Any) -> pb.OpenSessionResponse:
         policy, sessions = self._host.policy, self._host.sessions
-        session = sessions.open(_specs(request), _identity(request), _transport(request))
+        tensors, identity, transport = _specs(request.tensors), _identity(request), _transport(request)
+        adapter = None
+        if request.HasField("adapter"):
+            sessions.check(tensors)
+            asked = request.adapter
+            digest = asked.base_digest if asked.HasField("base_digest") else None
+            specs = _specs(asked.tensors, "adapter.tensors")
+            adapter = await trained_adapter(policy, asked.name, specs, digest)
+        session = sessions.open(tensors, identity, transport, adapter)
         response = pb.OpenSessionResponse(
             session_id=session.id,
             engine_id=policy.engine.info.engine_id,
@@ -60,6 +66,8 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
             max_chunk_bytes=self._max_chunk_bytes,
         )
         response.lease_timeout.FromTimedelta(timedelta(seconds=self._lease_timeout))
+        if adapter is not None:
+            response.adapter.CopyFrom(_manifest(adapter.manifest))
         if session.transport == SHARED:
             where = {p.spec.name: p for p in policy.arenas.placements}
             response.shared.descriptor_socket = sessions.path
@@ -92,6 +100,7 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
                     in_flight=mode,
                     writer=session if shared else None,
                     new_version=begin.new_version if begin.HasField("new_version") else None,
+                    adapter=session.adapter,
                 )
                 async with _Lease(update) as lease:
                     if reason := trainer.has_gone:  # before it was told that it may write
@@ -142,7 +151,12 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
         self, request: pb.GetWeightVersionRequest, context: Any
     ) -> pb.GetWeightVersionResponse:
         policy = self._host.policy
-        digest = await policy.digest() if request.include_digest else None
+        digest = None
+        if request.include_digest and request.adapter:
+            if (digest := policy.engine.loras.get(request.adapter).digest) is None:
+                raise invalid("adapter", f"{request.adapter!r} is no trainer's, and has no digest")
+        elif request.include_digest:
+            digest = await policy.digest()
         return pb.GetWeightVersionResponse(**_version(policy), digest=digest)
 
     async def WatchWeightVersion(
@@ -248,11 +262,16 @@ def _dtype(name: str) -> pb.Dtype:
     return cast(pb.Dtype, pb.Dtype.Value(f"DTYPE_{name.upper()}"))
 
 
-def _specs(request: pb.OpenSessionRequest) -> list[TensorSpec]:
+def _manifest(manifest: Manifest) -> pb.Manifest:
+    tensors = [pb.TensorSpec(name=t.name, dtype=_dtype(t.dtype), shape=t.shape) for t in manifest]
+    return pb.Manifest(tensors=tensors, digest=manifest.digest)
+
+
+def _specs(tensors: Iterable[pb.TensorSpec], field: str = "tensors") -> list[TensorSpec]:
     specs, violations = [], []
-    for i, tensor in enumerate(request.tensors):
+    for i, tensor in enumerate(tensors):
         if tensor.dtype not in pb.Dtype.values() or tensor.dtype == pb.DTYPE_UNSPECIFIED:
-            violations.append(Violation(f"tensors[{i}].dtype", f"{tensor.name}: no dtype {tensor.dtype}"))
+            violations.append(Violation(f"{field}[{i}].dtype", f"{tensor.name}: no dtype {tensor.dtype}"))
             continue
         dtype = pb.Dtype.Name(tensor.dtype).removeprefix("DTYPE_").lower()
         specs.append(TensorSpec(tensor.name, dtype, tuple(tensor.shape)))

@@ -39,10 +39,11 @@ def test_version() -> None:
 
 
 @pytest.mark.parametrize(("ours", "theirs"), PAIRS)
-def test_the_signature_is_trls_and_two_keywords(ours: type, theirs: type) -> None:
+def test_the_signature_is_trls_and_three_keywords(ours: type, theirs: type) -> None:
     expected = parameters(theirs.__init__)
     keyword = (inspect.Parameter.KEYWORD_ONLY, None)
     expected |= {"inference_address": keyword, "inference_token": keyword}
+    expected |= {"lora_mode": (inspect.Parameter.KEYWORD_ONLY, "merged")}
     assert parameters(ours.__init__) == expected
     assert list(parameters(ours.__init__)) == list(expected), "the order counts: arguments may be positional"
 

@@ -13,7 +13,14 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from tandem.errors import FailedPrecondition, InvalidArgument, Reason, ResourceExhausted, Unavailable
+from tandem.errors import (
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    Reason,
+    ResourceExhausted,
+    Unavailable,
+)
 from tandem.inference.v1 import inference_pb2 as pb
 from trainer_service.client import Group
 from trainer_service.generation import SEEDS_PER_RANK, RemoteGeneration
@@ -27,6 +34,7 @@ class Service:
     def __init__(self, answer: Callable[[Group], list[pb.Rollout]] | None = None) -> None:
         self.answer = answer or (lambda group: [rollout(list(group.token_ids[:1]))] * group.n)
         self.calls: list[tuple[list[Group], pb.SamplingParams, bool]] = []
+        self.loras: list[str] = []
         self.errors: list[Exception] = []
         self.waited = 0
         self.versions = [3]  # of the engine, one after the other; the last one stays
@@ -37,9 +45,10 @@ class Service:
         return pb.GetModelResponse(max_model_len=64, logprobs_mode="raw_logprobs", weight_version=version)
 
     def generate(
-        self, groups: list[Group], sampling: pb.SamplingParams, logprobs: bool
+        self, groups: list[Group], sampling: pb.SamplingParams, logprobs: bool, lora: str
     ) -> list[list[pb.Rollout]]:
         self.calls.append((groups, sampling, logprobs))
+        self.loras.append(lora)
         if self.errors:
             raise self.errors.pop(0)
         return [self.answer(group) for group in groups]
@@ -163,6 +172,13 @@ def test_an_engine_that_went_away_is_given_the_weights_anew(error: Exception) ->
     service.errors = [error]
     assert generation(service, weights).generate([[1]], None, 1)[1] == [[1]]
     assert (weights.synced, len(service.calls)) == (1, 2)
+
+
+def test_an_engine_that_lost_the_adapter_is_given_it_anew() -> None:
+    service, weights = Service(), Weights()
+    service.errors = [NotFound(Reason.LORA_NOT_FOUND, "no adapter")]
+    assert generation(service, weights, lora="policy").generate([[1]], None, 1)[1] == [[1]]
+    assert (weights.synced, service.loras) == (1, ["policy", "policy"])
 
 
 def test_rollouts_of_another_version_are_never_returned() -> None:

@@ -70,12 +70,15 @@ class GRPOTrainer(ToolTurnMixin, RewardedMixin, TrlGRPOTrainer):
         *,
         inference_address: str | None = None,
         inference_token: str | None = None,
+        lora_mode: str = "merged",
     ) -> None:
         """TRL's arguments, and:
 
         Args:
             inference_address: `unix:///absolute/path` or `host:port`; by default TANDEM_INFERENCE_ADDRESS.
             inference_token: the service's token; by default TANDEM_INFERENCE_TOKEN.
+            lora_mode: "merged" gives the engine the policy with its LoRA adapter merged in; "adapter" the adapter
+                alone, in either `args.vllm_mode`, for an engine with enable_lora that has the base's weights.
 
         Raises:
             InvalidArgument: there is no address, or an argument that the service cannot honour.
@@ -108,6 +111,7 @@ class GRPOTrainer(ToolTurnMixin, RewardedMixin, TrlGRPOTrainer):
                 environment_factory=environment_factory,
             )
 
+        self._lora_mode = lora_mode
         self._start(init, args, inference_address, inference_token)
         if self.vllm_importance_sampling_correction and self.accelerator.is_main_process:
             info = self.vllm_generation.vllm_client.get_server_info()

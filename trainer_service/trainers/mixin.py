@@ -12,12 +12,14 @@ from tandem.errors import invalid
 from tandem.inference.v1 import inference_pb2 as pb
 from tandem.rpc.address import parse
 from trainer_service._trl import get_config_model_id
+from trainer_service.adapter_tensors import adapter_tensors
 from trainer_service.client import WRITABLE, InferenceClient
 from trainer_service.generation import RemoteGeneration
 from trainer_service.policy_tensors import EVERYTHING, policy_tensors
 from trainer_service.shards import Gathering
 from trainer_service.trainers.inputs import check_tokenizer
 from trainer_service.weights import PolicyWeights
+from weight_transfer.transports import SourceTensor
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -29,6 +31,10 @@ TRL_SERIES = "1.16."
 
 #: The transports of each vllm_mode, the fastest first: "colocate" shares memory, "server" may be anywhere.
 TRANSPORTS = {"colocate": ("shared",), "server": ("stream",)}
+
+#: How a LoRA adapter reaches the engine: merged into its weights, or alone, beside weights that stay what they are.
+LORA_MODES = ("merged", "adapter")
+ADAPTER = "policy"  # what the engine calls it then
 
 #: Sampling parameters that TRL's trainers take from their config, and what they are where it has no such field.
 SAMPLING: dict[str, Any] = {
@@ -65,10 +71,13 @@ class RemoteMixin(_Trainer):
     use_vllm: bool
     model: Any
     policy_weights: PolicyWeights | None
+    _lora_mode = "merged"  # a trainer that takes another sets it first
 
     def _start(self, init: Any, args: Any, address: str | None, token: str | None) -> None:
         """Run TRL's `init`, then take vLLM's place."""
         mode = args.vllm_mode
+        if self._lora_mode not in LORA_MODES:
+            raise invalid("lora_mode", f"{self._lora_mode!r} is neither 'merged' nor 'adapter'")
         if mode not in TRANSPORTS:
             raise invalid("vllm_mode", f"{mode!r} is neither 'colocate' nor 'server'")
         client = connected(INFERENCE, "inference_address", address, token)
@@ -89,9 +98,11 @@ class RemoteMixin(_Trainer):
 
     def _attach(self, client: InferenceClient, args: Any, transports: Sequence[str]) -> None:
         main = self.accelerator.is_main_process
-        gathering = Gathering(
-            self.accelerator, lambda: self.model, lambda: policy_tensors(self.model, EVERYTHING)
-        )
+        adapter = ADAPTER if self._lora_mode == "adapter" else ""
+        if adapter:
+            adapter_tensors(self.model)  # what cannot be sent alone is told now
+            transports = ("stream",)
+        gathering = Gathering(self.accelerator, lambda: self.model, self._everything)
         self.policy_weights = (
             PolicyWeights(
                 client,
@@ -99,6 +110,7 @@ class RemoteMixin(_Trainer):
                 transport=transports,
                 timeout_s=args.vllm_server_timeout,
                 led=gathering.led,
+                adapter=adapter,
             )
             if main
             else None
@@ -111,6 +123,7 @@ class RemoteMixin(_Trainer):
             client=client,
             weights=self.policy_weights,
             gathering=gathering,
+            lora=adapter,
             mode=args.vllm_mode,
             structured_outputs_regex=getattr(args, "vllm_structured_outputs_regex", None),
             server_timeout=args.vllm_server_timeout,
@@ -122,6 +135,12 @@ class RemoteMixin(_Trainer):
         )
         self.use_vllm = True
         self._forget_sync()
+
+    def _everything(self) -> list[SourceTensor]:
+        """All that ranks may have to read together."""
+        if self._lora_mode == "merged":
+            return policy_tensors(self.model, EVERYTHING)
+        return policy_tensors(self.model, EVERYTHING, merged=False) + adapter_tensors(self.model)
 
     def _max_completion_length(self, args: Any) -> int:
         return cast(int, args.max_completion_length)

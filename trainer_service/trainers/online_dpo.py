@@ -59,6 +59,7 @@ class OnlineDPOTrainer(PairMixin, TrlOnlineDPOTrainer):  # type: ignore[misc]  #
         judge: PairwiseJudge | JudgeReward | None = None,
         inference_address: str | None = None,
         inference_token: str | None = None,
+        lora_mode: str = "merged",
     ) -> None:
         """TRL's arguments, GRPOTrainer's of the service, and:
 
@@ -100,6 +101,7 @@ class OnlineDPOTrainer(PairMixin, TrlOnlineDPOTrainer):  # type: ignore[misc]  #
             )
 
         self._judged = judge is not None
+        self._lora_mode = lora_mode
         self._start(init, args, inference_address, inference_token)
 
     def _check(self, args: Any) -> None:

@@ -56,6 +56,7 @@ class RLOOTrainer(TurnMixin, RewardedMixin, TrlRLOOTrainer):
         *,
         inference_address: str | None = None,
         inference_token: str | None = None,
+        lora_mode: str = "merged",
     ) -> None:
         """TRL's arguments; the others and the errors are GRPOTrainer's."""
         if args is None:
@@ -81,4 +82,5 @@ class RLOOTrainer(TurnMixin, RewardedMixin, TrlRLOOTrainer):
                 peft_config=peft_config,
             )
 
+        self._lora_mode = lora_mode
         self._start(init, args, inference_address, inference_token)

@@ -97,14 +97,7 @@ class WeightTransport(ABC):
 
         Fresh memory is held for one tensor at a time.
         """
-        import torch
-
-        parts = [0] * len(self._manifest)
-        for source in policy:
-            index = self._manifest.positions[source.name]
-            dtype = getattr(torch, self._manifest.tensors[index].dtype)
-            parts[index] = digests.digest_tensor(source.read().detach().to(dtype))
-        return digests.combine(parts)
+        return digest_of(self._manifest, policy)
 
     def stands(self) -> bool:
         """Whether the last `move` left every tensor in the engine's memory, and they still are there.
@@ -128,3 +121,18 @@ class WeightTransport(ABC):
     @abstractmethod
     def close(self) -> None:
         """Let go of the engine's memory. Parameters in it get their own, with the same values."""
+
+
+def digest_of(manifest: Manifest, policy: Sequence[SourceTensor]) -> int:
+    """Digest of `policy`, tensors of the manifest in any order, in the manifest's dtypes.
+
+    Fresh memory is held for one tensor at a time.
+    """
+    import torch
+
+    parts = [0] * len(manifest)
+    for source in policy:
+        index = manifest.positions[source.name]
+        dtype = getattr(torch, manifest.tensors[index].dtype)
+        parts[index] = digests.digest_tensor(source.read().detach().to(dtype))
+    return digests.combine(parts)
