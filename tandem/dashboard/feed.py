@@ -40,22 +40,28 @@ class Feed:
         self._changed = asyncio.Event()
 
     async def run(self) -> None:
-        """Follow the job until it is deleted."""
-        while not self._ended:
-            try:
-                job = await self._client.job(self._id)
-                self._complete = self._complete or self._seen >= job.last_sequence
-                self._tell({"up": True})
-                if self._seen < job.last_sequence or not job.state.is_over:
-                    async with aclosing(job.watch(self._seen)) as events:
-                        async for event in events:
-                            self._take(event, job.last_sequence)
-            except NotFound as error:
-                self._ended = True
-                self._tell({"up": True, "gone": True, "error": shown.error(error)})
-            except TandemError as error:
-                self._tell({"up": False, "error": shown.error(error)})
-            await asyncio.sleep(0 if self._ended else _AGAIN_S)
+        """Follow the job until it is deleted. However it ends, so do the pages' streams, which they open again."""
+        try:
+            while not self._ended:
+                await self._follow()
+                await asyncio.sleep(0 if self._ended else _AGAIN_S)
+        finally:
+            self.close()
+
+    async def _follow(self) -> None:
+        try:
+            job = await self._client.job(self._id)
+            self._complete = self._complete or self._seen >= job.last_sequence
+            self._tell({"up": True})
+            if self._seen < job.last_sequence or not job.state.is_over:
+                async with aclosing(job.watch(self._seen)) as events:
+                    async for event in events:
+                        self._take(event, job.last_sequence)
+        except NotFound as error:
+            self._ended = True
+            self._tell({"up": True, "gone": True, "error": shown.error(error)})
+        except TandemError as error:
+            self._tell({"up": False, "error": shown.error(error)})
 
     def close(self) -> None:
         """End the pages' streams."""

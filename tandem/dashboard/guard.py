@@ -60,7 +60,9 @@ class Guard:
             RefusedError: it has no right.
         """
         if not self._is_host(request):
-            raise RefusedError("this name is not the dashboard's: open the address that it wrote when it started")
+            raise RefusedError(
+                "this name is not the dashboard's: open the address that it wrote when it started"
+            )
         site = request.headers.get("Sec-Fetch-Site", "none")
         if site not in ("same-origin", "none") and request.path != "/":
             raise RefusedError("another site's page asked for this")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import doctest
 import itertools
 import math
 from collections.abc import AsyncIterator
@@ -14,6 +15,7 @@ import aiohttp
 import grpc
 import pytest
 
+from tandem.client._aio import job as aio_job
 from tandem.dashboard import feed as feeds
 from tandem.dashboard import picture
 from tandem.dashboard.server import Settings, serving
@@ -27,6 +29,7 @@ BAD = "<script>alert(1)</script>"
 @pytest.fixture(autouse=True)
 def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feeds, "_AGAIN_S", 0.05)
+    monkeypatch.setattr(aio_job, "_AWAY_S", 0.01)
 
 
 @pytest.fixture
@@ -293,6 +296,10 @@ async def test_the_token_goes_to_no_address_that_a_job_names(jobs: Jobs, socket_
             assert engine["error"]["code"] == "UNIMPLEMENTED"
     assert set(sent[given]) == {f"Bearer {'t' * 32}"}
     assert set(sent[named]) == {None}
+
+
+def test_examples_in_docstrings_are_true() -> None:
+    assert doctest.testmod(feeds) == (0, 1)
 
 
 def test_steps_that_are_done_again_replace_what_they_were() -> None:

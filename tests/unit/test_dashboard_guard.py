@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tandem.cli import main
 from tandem.dashboard.server import Settings, serving
 from tandem.errors import FailedPrecondition, InvalidArgument
 from tests.dashboards import Browser, Jobs, dashboard, jobs_service
@@ -136,6 +137,14 @@ async def test_addresses_that_are_refused(address: str, why: str) -> None:
         async with serving(Settings(address=address)):
             pass
     assert caught.value.violations[0].field == "address"
+
+
+@pytest.mark.parametrize("flags", [["--address=0.0.0.0:0"], ["--address=nowhere"], ["--token-file=/none"]])
+def test_the_command_says_what_is_wrong_with_its_flags(
+    flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["dashboard", *flags]) == 2
+    assert capsys.readouterr().err.startswith("tandem: FIELD_INVALID: ")
 
 
 async def test_other_hosts_reach_it_only_if_that_was_said() -> None:

@@ -13,7 +13,7 @@ export class History {
     this.changes = [] // states and checkpoints, with their kind
     this.progress = null
     this.last = 0
-    this.version = 0
+    this.version = 0 // the last figures' sequence number
   }
 
   add (kind, event) {
@@ -25,8 +25,8 @@ export class History {
     else keep(this.changes, [kind, event], CHANGES)
   }
 
-  metrics ({ step, max_steps: most, values }) {
-    this.version++
+  metrics ({ sequence, step, max_steps: most, values }) {
+    this.version = sequence
     this.progress = { step, max_steps: most }
     // Steps that are done again, after a checkpoint, replace what they were before.
     while (this.rows.length && this.rows.at(-1).step > step) this.rows.pop()
