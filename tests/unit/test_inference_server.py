@@ -48,7 +48,7 @@ class Sessions:
 def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     made = Engine()
 
-    async def start(*args: Any) -> Engine:
+    async def start(*args: Any, **_: Any) -> Engine:
         return made
 
     async def collect(*args: Any) -> None: ...
@@ -132,7 +132,7 @@ from tandem.cli import main
 
 class Engine:
     @classmethod
-    async def start(cls, *args):
+    async def start(cls, *args, **_):
         threading.Thread(target=time.sleep, args=(300,)).start()  # as vLLM's, which nobody ends
         return cls()
     def stop_listening(self): pass
