@@ -38,7 +38,7 @@ MODULES = {
         "weight_transfer.transports.base",
     ],
     "inference_service": ["inference_service.config"],
-    "trainer_service": ["trainer_service.trainers"],
+    "trainer_service": ["trainer_service.config", "trainer_service.trainers"],
     "trainer_service_rewards": ["trainer_service.rewards"],
 }
 """Modules by the name of the golden file that holds them."""

@@ -61,3 +61,10 @@ def test_lazy_names_are_all_there() -> None:
     assert all(getattr(tandem.rpc, name).__module__.startswith("tandem.rpc.") for name in tandem.rpc.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         tandem.rpc.nonsense  # noqa: B018
+
+
+def test_the_trainer_service_has_no_torch_and_no_users_code() -> None:
+    """Jobs run in processes of their own: the service that owns them stays small, and lives when one does not."""
+    modules = loaded("import trainer_service.__main__, trainer_service.server, trainer_service.jobs.sql")
+    assert "sqlalchemy" in modules
+    assert modules & {"torch", "vllm", "transformers", "trl", "cupy", "datasets"} == set()

@@ -131,8 +131,12 @@ async def test_a_job_that_waits_is_cancelled_resumed_and_deleted(
 ) -> None:
     store.create("job", spec())
     stub = Stub(channel)
-    assert (await stub.CancelJob(pb.CancelJobRequest(job_id="job"))).job.state == job_pb2.JOB_STATE_CANCELLED
-    assert (await stub.ResumeJob(pb.ResumeJobRequest(job_id="job"))).job.state == job_pb2.JOB_STATE_QUEUED
+    cancelled = (await stub.CancelJob(pb.CancelJobRequest(job_id="job"))).job
+    assert cancelled.state == job_pb2.JOB_STATE_CANCELLED
+    assert cancelled.HasField("end_time")
+    resumed = (await stub.ResumeJob(pb.ResumeJobRequest(job_id="job"))).job
+    assert resumed.state == job_pb2.JOB_STATE_QUEUED
+    assert not resumed.HasField("end_time")
     error = await refusal(stub.ResumeJob(pb.ResumeJobRequest(job_id="job")))
     assert isinstance(error, FailedPrecondition)
     assert (error.reason, error.metadata["state"]) == (Reason.JOB_STATE, "QUEUED")

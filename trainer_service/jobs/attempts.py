@@ -192,9 +192,13 @@ class Attempts:
         return Move.RETRY, {"retries": job.retries + 1}
 
     async def _cancel(self, job: Job) -> None:
-        if (identity := Identity.parse(job.process)) is not None:
+        deadline = time.monotonic() + self._limits.cancel_grace_s
+        while (identity := Identity.parse(job.process)) is None and time.monotonic() < deadline:
+            await asyncio.sleep(self._limits.poll_s)  # it is being started
+            job = await asyncio.to_thread(self._store.get, job.id)
+        if identity is not None:
             identity.send(signal.SIGTERM)
-        await asyncio.sleep(self._limits.cancel_grace_s)
+        await asyncio.sleep(max(0.0, deadline - time.monotonic()))
         log.warning("did not end in time, and is killed", job=job.id)
         await self._kill(job)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,8 @@ class Supervisor:
         job = await asyncio.to_thread(self._store.move, job_id, Move.CANCEL, "cancelled")
         if job.state is JobState.CANCELLING:
             self._attempts.cancel(job)
+        elif job.end_time is None:  # it waited, and nothing of it has to end first
+            job = await asyncio.to_thread(self._store.append, job_id, [], end_time=time.time())
         self._changed(job_id)
         return job
 
