@@ -18,7 +18,7 @@ from tandem.dashboard import shown
 from tandem.dashboard.engines import Engines
 from tandem.dashboard.feed import Feeds
 from tandem.dashboard.guard import Guard, Handler, RefusedError
-from tandem.errors import Internal, NotFound, Reason, TandemError, invalid
+from tandem.errors import Internal, NotFound, Reason, TandemError, Unauthenticated, invalid
 
 _log = structlog.get_logger("tandem.dashboard")
 _TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
@@ -79,6 +79,9 @@ class Dashboard:
         try:
             brings = self._guard.check(request)
         except RefusedError as refused:
+            if request.path.startswith("/api/"):
+                error = Unauthenticated(Reason.TOKEN_INVALID, str(refused))
+                return _json({"error": shown.error(error)}, 403)
             return web.Response(status=403, text=f"{refused}\n")
         response = await handler(request)
         if brings:

@@ -35,7 +35,7 @@ async function ask (path, options, patience) {
   }
   if (response.status === 403) {
     tell('dashboard', 'The dashboard was started anew, or this address is not its own: open the one that it wrote.')
-    throw new Failed(403, { reason: 'REFUSED', message: await response.text() })
+    throw new Failed(403, (await response.json()).error)
   }
   tell('dashboard', null)
   const answer = await response.json()
