@@ -110,9 +110,11 @@ def test_a_cancelled_job_saves_and_is_resumed(service: JobService, place: Place,
 
 
 def test_a_deleted_job_leaves_nothing(service: JobService, place: Place) -> None:
-    """It has an inference service of its own, and is deleted while it trains."""
+    """It has an inference service of its own, with a reference model beside, and is deleted while it trains."""
     place.hold(1)
-    job = service.submit(place.spec(None))
+    spec = place.spec(None)
+    spec.xpo.SetInParent()
+    job = service.submit(spec)
     place.wait_until_held(1)
     members = service.members(job.id)
     folder = Path(job.folder)

@@ -10,7 +10,7 @@ from tandem.errors import invalid
 from tandem.rpc.trust import read_token
 from trainer_service import rewards
 from trainer_service.jobs.configure import arguments
-from trainer_service.jobs.spec import Dataset, JobSpec, Reward
+from trainer_service.jobs.spec import PAIRWISE, Dataset, JobSpec, Reward
 from trainer_service.rewards.named import builtin, function
 
 #: The reward of reasoning-gym's own scorers.
@@ -127,6 +127,13 @@ def trainer(spec: JobSpec, folder: Path, *, cpu: bool, callbacks: list[Any], rec
     else:
         found = [reward(part, spec.dataset, f"rewards[{i}]") for i, part in enumerate(spec.rewards)]
         given["reward_funcs"] = [record(one) if callable(one) else one for one in found]
+    if spec.algorithm in PAIRWISE:  # GRPO's and RLOO's load it by themselves
+        from transformers import AutoProcessor
+
+        revision = spec.model.revision or "main"
+        given["processing_class"] = AutoProcessor.from_pretrained(
+            spec.model.path, revision=revision, truncation_side="left", padding_side="left"
+        )
     return trainer_class(spec.algorithm)(
         model=spec.model.path,
         args=args,

@@ -62,7 +62,9 @@ def arguments(spec: JobSpec, folder: Path, *, cpu: bool) -> dict[str, Any]:
     values |= {name: value for name, (_, value) in given_options(spec).items()}
     if values.get("save_steps") == 0:
         values["save_steps"] = _SAVE_NONE
-    init = {"dtype": spec.model.dtype, "revision": spec.model.revision or "main"}
+    init = {"dtype": spec.model.dtype}
+    if spec.model.revision is not None:
+        init["revision"] = spec.model.revision
     values["model_init_kwargs"] = init | (values.get("model_init_kwargs") or {})
     weights = [reward.weight for reward in spec.rewards]
     if any(weight != 1 for weight in weights):
