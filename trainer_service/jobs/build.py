@@ -131,7 +131,7 @@ def trainer(spec: JobSpec, folder: Path, *, cpu: bool, callbacks: list[Any], rec
         from transformers import AutoProcessor
 
         revision = spec.model.revision or "main"
-        given["processing_class"] = AutoProcessor.from_pretrained(
+        given["processing_class"] = AutoProcessor.from_pretrained(  # type: ignore[no-untyped-call]
             spec.model.path, revision=revision, truncation_side="left", padding_side="left"
         )
     return trainer_class(spec.algorithm)(
