@@ -41,9 +41,13 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def mixed(checkpoints: dict[str, Path], reference: Path) -> Iterator[Service]:
-    """The tiny Llama in float32 with a reference model. For tests that leave it as `llama`."""
+    """The tiny Llama in float32 with a reference model, and room for an adapter. For tests that leave it as `llama`."""
     with tempfile.TemporaryDirectory(prefix="tdm") as folder:
         with inference_service(
-            checkpoints["llama"], Path(folder), f"--reference-model={reference}", dtype="float32"
+            checkpoints["llama"],
+            Path(folder),
+            f"--reference-model={reference}",
+            dtype="float32",
+            enable_lora="true",
         ) as service:
             yield service

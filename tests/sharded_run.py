@@ -23,6 +23,7 @@ from tandem.weights.v1.weights_pb2_grpc import WeightServiceStub
 from tests import models, trainers
 from tests.golden import trl_1_13 as golden
 from tests.integration.test_trainer_pairs import KINDS
+from trainer_service.adapter_tensors import adapter_tensors
 from trainer_service.policy_tensors import EVERYTHING, policy_tensors
 from trainer_service.shards import is_sharded
 from weight_transfer.digest import combine, digest_tensor
@@ -70,7 +71,7 @@ def on_the_cpu(how: str) -> None:
 
 
 def trainer_of(kind: str, address: str, paths: list[Path], folder: Path, **values: Any) -> Any:
-    own = {"peft_config": values.pop("peft_config")} if "peft_config" in values else {}
+    own = {name: values.pop(name) for name in ("peft_config", "lora_mode") if name in values}
     policy, reference = (trainers.model_of(path, torch.float32) for path in paths)
     if kind in ("grpo", "rloo"):
         values |= {"per_device_train_batch_size": 4, "ddp_backend": "gloo"}
@@ -103,15 +104,27 @@ def assert_same_bits(address: str, model: torch.nn.Module) -> None:
     assert now.digest == combine(digests)
 
 
+def assert_same_adapter(address: str, model: torch.nn.Module) -> None:
+    """The engine holds the adapter, gathered here: every rank must call this."""
+    with connect(address) as channel:
+        request = pb.GetWeightVersionRequest(include_digest=True, adapter="policy")
+        now = WeightServiceStub(channel).GetWeightVersion(request, timeout=30)
+    sources = sorted(adapter_tensors(model), key=lambda source: source.name)
+    assert now.digest == combine([digest_tensor(source.read()) for source in sources])
+
+
 def main(address: str, checkpoint: str, reference: str, folder: str, how: str) -> None:
     on_the_cpu(how)
+    lora = LoraConfig(r=4, target_modules=["q_proj"])
     runs: list[tuple[str, str, dict[str, Any]]] = [
+        # First, while the engine's weights are the checkpoint's.
+        ("rloo", "server", {"peft_config": lora, "lora_mode": "adapter", "learning_rate": 0.05}),
         ("grpo", "colocate", {}),
         ("rloo", "server", {}),
         ("online_dpo", "server", {}),
         ("nash_md", "colocate", {}),
         ("xpo", "server", {}),
-        ("grpo", "server", {"peft_config": LoraConfig(r=4, target_modules=["q_proj"])}),
+        ("grpo", "server", {"peft_config": lora}),
     ]
     for number, (kind, mode, values) in enumerate(runs):
         paths = [Path(checkpoint), Path(reference)]
@@ -124,7 +137,10 @@ def main(address: str, checkpoint: str, reference: str, folder: str, how: str) -
         for apart in trainers.logged(trainer, "sampling/sampling_logp_difference/max"):
             assert apart < 1e-4, "the engine sampled from the policy"
         trainer.vllm_generation.sync_weights()
-        assert_same_bits(address, trainer.model)
+        if "lora_mode" in values:
+            assert_same_adapter(address, trainer.model)
+        else:
+            assert_same_bits(address, trainer.model)
         print("RAN", kind, mode, *values, flush=True)  # noqa: T201  # read by the test
         trainer.close()
         trainer.accelerator.wait_for_everyone()

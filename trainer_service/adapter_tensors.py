@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from trainer_service.policy_tensors import base_of, clean, source_of, unsupported, unwrap
-from trainer_service.shards import gathered, whole
+from trainer_service.shards import gathered, whole, whole_shape
 from weight_transfer.transports import SourceTensor
 
 #: Variants of LoRA that vLLM does not compute, by the field of PEFT's LoraConfig that asks for them.
@@ -86,7 +86,7 @@ def _parts(module: Any, name: str, path: str) -> Iterator[tuple[str, nn.Paramete
     if name in layer.lora_variant:
         raise _not_alone(f"{clean(path)} is adapted by {type(layer.lora_variant[name]).__name__}")
     first: nn.Parameter = layer.lora_A[name].weight
-    if first.dim() != 2 or getattr(layer, "fan_in_fan_out", False):
+    if len(whole_shape(first)) != 2 or getattr(layer, "fan_in_fan_out", False):
         raise _not_alone(f"{clean(path)} is no linear layer whose weight is (outputs, inputs)")
     yield "lora_A", first, None
     yield "lora_B", layer.lora_B[name].weight, partial(_scaled, layer, name)

@@ -11,6 +11,7 @@ from tests.ranks import ON_CPU, ROOT, succeeded, two_ranks
 from tests.services import Service
 
 RUNS = {
+    "rloo server peft_config lora_mode learning_rate",
     "grpo colocate",
     "rloo server",
     "online_dpo server",
