@@ -96,6 +96,8 @@ class WorkerAdapters:
 
     def _mapper(self) -> Any:
         mapper = getattr(self._loras._adapter_manager.model, "hf_to_vllm_mapper", None)
-        # 0.26 has no such method: its mapper is used as it is.
-        rename = getattr(mapper, "get_rename_mapper", None)
-        return rename() if rename is not None else mapper
+        # Of the mapper that leaves fused modules apart; 0.29 renamed it, and before it came the mapper was used whole.
+        for name in ("get_rename_mapper", "get_unstacked_mapper"):
+            if hasattr(mapper, name):
+                return getattr(mapper, name)()
+        return mapper
