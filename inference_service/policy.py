@@ -376,7 +376,9 @@ class Update:
     async def end(self) -> None:
         """Give the lease back, and let generation go on unless the weights are torn."""
         policy = self._policy
-        self._staging = None
+        if self._staging is not None:
+            self._staging.release()
+            self._staging = None
         try:
             # A pause that was given up holds nothing, and the lease must not wait for its turn with the engine.
             if policy.engine.held_by(_UPDATE) and not policy.torn:

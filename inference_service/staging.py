@@ -57,6 +57,11 @@ class Staging:
         """Digest of the policy as it was received."""
         return combine(digest_tensors(self._tensors()))
 
+    def release(self) -> None:
+        """Give the memory back now: the traceback of an update that failed may keep this object for long."""
+        self._bytes = memoryview(b"")
+        del self.arena
+
     def _tensors(self) -> list[torch.Tensor]:
         return tensors_in(self.arena, self._manifest)
 
