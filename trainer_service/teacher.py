@@ -11,12 +11,10 @@ import numpy as np
 from tandem.errors import FailedPrecondition, Reason, TandemError, invalid
 from tandem.inference.v1 import inference_pb2 as pb
 from trainer_service.client import InferenceClient, is_gone
+from trainer_service.tokenizers import check_tokenizer
 from trainer_service.weights import ATTEMPTS
 
-#: Texts by which two tokenizers are compared, one token of the vocabulary in each, beside the text below.
-SAMPLES = 512
 _TRY_AGAIN = (Reason.QUEUE_FULL, Reason.BASE_VERSION_MISMATCH)
-_TEXT = "Naïve 2+2 == 4,\n\tdef f(x): return x  # ügly 漢字 🙂"
 
 Array = np.ndarray[Any, Any]
 
@@ -67,15 +65,7 @@ class Teacher:
             raise invalid(
                 field, f"its vocabulary has {info.vocab_size} tokens, the tokenizer here {len(tokenizer)}"
             )
-        step = max(1, len(tokenizer) // SAMPLES)
-        samples = (tokenizer.decode([token]) for token in range(0, len(tokenizer), step))
-        texts = [_TEXT, *filter(None, samples)]
-        ours = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        theirs = self._client.tokenize(texts)
-        head, tail = _around(ours[0], theirs[0])  # special tokens that the service adds to every text
-        for text, mine, other in zip(texts, ours, theirs, strict=True):
-            if [*head, *mine, *tail] != other:
-                raise invalid(field, f"its tokenizer makes {other} of {text!r}, the one here {mine}")
+        check_tokenizer(self._client, tokenizer, field)
         self._vocab_size = vocab_size
 
     def get_sequence_logprobs(
@@ -187,14 +177,6 @@ def check_scoring(info: pb.GetModelResponse, *, temperature: float, top_logprobs
             f"scores are of temperature 1. For {temperature}, those of the whole vocabulary are needed, "
             f"{info.vocab_size} at each position: {more}",
         )
-
-
-def _around(part: list[int], whole: list[int]) -> tuple[list[int], list[int]]:
-    """What `whole` has before and after `part`; nothing where it does not have it."""
-    for i in range(len(whole) - len(part) + 1):
-        if whole[i : i + len(part)] == part:
-            return whole[:i], whole[i + len(part) :]
-    return [], []
 
 
 def _rows(score: pb.SequenceScore, length: int, top: int, temperature: float) -> tuple[Array, Array, Array]:

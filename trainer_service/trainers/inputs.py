@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from itertools import dropwhile
 from typing import Any, cast
 
 import torch
 
 from tandem.errors import invalid
-from trainer_service.client import InferenceClient
 from trainer_service.rewards import check_rows
 from trainer_service.rewards.checks import name_of
 
@@ -73,28 +71,3 @@ class RewardedMixin:
         rewards = cast(Any, super())._calculate_rewards(*args, **kwargs)
         check_rows(rewards, self.reward_func_names, self.reward_funcs)
         return rewards
-
-
-#: Letters, digits, spaces, signs and scripts: two tokenizers that agree on all of it are one.
-_PROBE = 'The 3 quick (brown) foxes\n\tjumped: π ≈ 3.14159; naïve café,  東京 🚀 <|im_end|></s> {"a": [1, 2]}'
-
-
-def check_tokenizer(client: InferenceClient, processing_class: Any) -> None:
-    """Refuse a tokenizer that makes other tokens of a text than the service's, whose ids mean something else then.
-
-    Raises:
-        InvalidArgument: names `processing_class`.
-    """
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    special = set(tokenizer.all_special_ids)
-
-    def inner(ids: list[int]) -> list[int]:  # either may begin and end texts in its own way
-        return [*dropwhile(special.__contains__, reversed([*dropwhile(special.__contains__, ids)]))]
-
-    ours, theirs = list(tokenizer(_PROBE)["input_ids"]), client.tokenize([_PROBE])[0]
-    if inner(ours) != inner(theirs):
-        raise invalid(
-            "processing_class",
-            f"is not the tokenizer of the model that the inference service holds: it makes {len(ours)} tokens of a "
-            f"text, the service {len(theirs)}, and not the same",
-        )

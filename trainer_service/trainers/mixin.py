@@ -17,7 +17,7 @@ from trainer_service.client import WRITABLE, InferenceClient
 from trainer_service.generation import RemoteGeneration
 from trainer_service.policy_tensors import EVERYTHING, policy_tensors
 from trainer_service.shards import Gathering
-from trainer_service.trainers.inputs import check_tokenizer
+from trainer_service.tokenizers import check_tokenizer
 from trainer_service.weights import PolicyWeights
 from weight_transfer.transports import SourceTensor
 
@@ -86,7 +86,7 @@ class RemoteMixin(_Trainer):
             self._check_service(client.wait_until_serving(args.vllm_server_timeout, accept=WRITABLE))
             with replaced(args, self._off):
                 init()
-            check_tokenizer(client, self.processing_class)
+            check_tokenizer(client, self.processing_class, "processing_class")
             self._attach(client, args, TRANSPORTS[mode])
         except BaseException:
             client.close()
