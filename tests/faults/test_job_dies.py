@@ -84,7 +84,9 @@ def test_a_job_that_dies_too_often_fails(folder: Path, tmp_path: Path, checkpoin
     """Its process kills itself as soon as it imports the reward."""
     place = Place(tmp_path / "place", checkpoints["llama"])
     code = (
-        "import os, sys\nif 'check' not in sys.argv[0]: os.kill(os.getpid(), 9)\ndef score(**_): return []\n"
+        "import os, sys\n"
+        "if sys.argv[0].endswith('child.py'): os.kill(os.getpid(), 9)\n"  # not where the job is only checked
+        "def score(**_): return []\n"
     )
     (place.folder / "job_reward.py").write_text(code)
     with job_service(folder, place) as service:

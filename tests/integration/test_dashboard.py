@@ -18,7 +18,7 @@ from tests.job_service import JobService, Place, end_jobs, job_service
 from tests.services import Service
 
 webdriver = pytest.importorskip("selenium.webdriver")
-from selenium.common.exceptions import TimeoutException  # noqa: E402
+from selenium.common.exceptions import StaleElementReferenceException, TimeoutException  # noqa: E402
 from selenium.webdriver.chrome.service import Service as Driver  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
@@ -57,14 +57,19 @@ class Page:
             raise AssertionError(f"{what}; the page says:\n{self.text('body')}") from None
 
     def text(self, selector: str) -> str:
-        found = self.driver.find_elements(By.CSS_SELECTOR, selector)
-        return str(found[0].get_property("innerText")) if found else ""
+        return str(self._ask(selector, "innerText") or "")
 
     def until_text(self, selector: str, text: str, seconds: float = 60) -> None:
         self.until(lambda: text in self.text(selector), f"{selector} never has {text!r}", seconds)
 
     def press(self, selector: str, *keys: str) -> None:
-        self.driver.find_element(By.CSS_SELECTOR, selector).send_keys(*keys)
+        def pressed() -> bool:
+            self.driver.find_element(By.CSS_SELECTOR, selector).send_keys(*keys)
+            return True
+
+        # The page may draw itself anew between the two.
+        waiting = WebDriverWait(self.driver, 20, 0.1, ignored_exceptions=[StaleElementReferenceException])
+        waiting.until(lambda _: pressed())
 
     def confirm(self) -> None:
         """Say yes in the dialog, which asks with No under the keyboard."""
@@ -74,8 +79,13 @@ class Page:
 
     def curve(self, name: str) -> str:
         """What a curve says of itself."""
-        found = self.driver.find_elements(By.CSS_SELECTOR, f'[aria-label="curve of {name}"] svg')
-        return str(found[0].get_attribute("aria-label")) if found else ""
+        return str(self._ask(f'[aria-label="curve of {name}"] svg', "ariaLabel") or "")
+
+    def _ask(self, selector: str, name: str) -> Any:
+        """In one call: between two, the page may draw itself anew."""
+        return self.driver.execute_script(
+            "return document.querySelector(arguments[0])?.[arguments[1]]", selector, name
+        )
 
     def run(self, script: str) -> Any:
         return self.driver.execute_script(f"return {script}")
