@@ -6,6 +6,7 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -15,7 +16,7 @@ from weight_transfer.arena import Arena
 from weight_transfer.digest import combine
 from weight_transfer.manifest import Manifest
 from weight_transfer.placement import Placement
-from weight_transfer.reading import digests
+from weight_transfer.reading import Reading
 from weight_transfer.write import copy
 
 
@@ -94,6 +95,10 @@ class HostArenas(EngineArenas):
         pairs = zip(self.arenas, self._ranks, strict=True)
         return [Handle(arena.fd, arena.size, rank=rank) for arena, rank in pairs]
 
+    @cached_property
+    def _reading(self) -> Reading:
+        return Reading(self.placements, self.arenas)
+
     def digest(self) -> int:
         """What `find_digest` finds.
 
@@ -101,7 +106,7 @@ class HostArenas(EngineArenas):
             DataLoss: DIGEST_MISMATCH, ranks that hold the same part of a tensor hold different values.
         """
         try:
-            return combine(digests(self.placements, self.arenas))
+            return combine(self._reading.digests())
         except ValueError as error:
             raise DataLoss(Reason.DIGEST_MISMATCH, str(error)) from error
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Callable
 from enum import StrEnum
 
 from inference_service.policy import Policy, WeightState
 from inference_service.sessions import Sessions
 from tandem.errors import Reason, Unavailable
+
+
+_TICK_S = 0.25  # how soon a call that waits for a version notices that the engine died
 
 
 class ServingState(StrEnum):
@@ -76,6 +81,29 @@ class Host:
             raise Unavailable(Reason.ENGINE_ASLEEP, "the engine sleeps; WakeUp first")
         return policy
 
+    async def at_least(self, version: int, seconds: float | None) -> None:
+        """Wait until `version`, or a later one, is committed: for `seconds`, or as long as the caller likes.
+
+        Raises:
+            Unavailable: WEIGHTS_TOO_OLD, DRAINING, and as `generating`.
+        """
+        policy, changed, loop = self.generating(), asyncio.Event(), asyncio.get_running_loop()
+        end = None if seconds is None else loop.time() + seconds
+        policy.changed.append(changed.set)
+        try:
+            while policy.version < version:
+                left = _TICK_S if end is None else min(end - loop.time(), _TICK_S)
+                if left <= 0:
+                    raise _too_old(policy.version, version)
+                if self.draining():
+                    raise Unavailable(Reason.DRAINING, "the service is shutting down")
+                changed.clear()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(changed.wait(), left)
+                policy = self.generating()
+        finally:
+            policy.changed.remove(changed.set)
+
     def state(self) -> tuple[ServingState, str]:
         """Whether tokens can be had, and why not where they cannot."""
         if self.draining():
@@ -87,3 +115,11 @@ class Host:
         if policy.engine.paused or policy.state is WeightState.WRITING:
             return ServingState.PAUSED, ""
         return ServingState.SERVING, ""
+
+
+def _too_old(version: int, wanted: int) -> Unavailable:
+    return Unavailable(
+        Reason.WEIGHTS_TOO_OLD,
+        f"weight version {version} is committed, the request needs {wanted}",
+        metadata={"weight_version": str(version), "min_weight_version": str(wanted)},
+    )

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -29,6 +30,7 @@ from weight_transfer.cuda.devices import require_kernels, uuid_of
 from weight_transfer.digest import digest_tensor
 from weight_transfer.manifest import TensorSpec
 from weight_transfer.placement import Block, Placement
+from weight_transfer.reading import Reading
 from weight_transfer.write import copy
 
 LOAD_FORMAT = "tandem"
@@ -52,6 +54,11 @@ class HeldWeights:
     reason: str = ""
     gpu: str = ""
     loader: ArenaLoader | None = None
+
+    @cached_property
+    def reading(self) -> Reading:
+        """Digests the tensors, once all are placed."""
+        return Reading(self.placements, self.arenas)
 
     def reload(self, model: nn.Module) -> None:
         """Have vLLM load the tensors of the second arena into the parameters."""

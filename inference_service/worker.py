@@ -16,7 +16,6 @@ from inference_service.staging import tensors_in
 from weight_transfer.arena import Arena
 from weight_transfer.digest import combine
 from weight_transfer.manifest import Manifest, TensorSpec
-from weight_transfer.reading import digests
 from weight_transfer.write import copy
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ class TandemWorker:
     def tandem_digest(self) -> int:
         """Digest of the whole policy, in the order of its tensors' names."""
         held: loader.HeldWeights = self._tandem_model().tandem
-        return combine(digests(held.placements, held.arenas))
+        return combine(held.reading.digests())
 
     def tandem_write(self, path: str, size: int) -> None:
         """Write what the service staged in the memory whose descriptor it offers at `path`."""

@@ -13,6 +13,8 @@ from weight_transfer import _core
 if TYPE_CHECKING:
     import torch
 
+    from weight_transfer.cuda.digest import Sums
+
 WORD = 8
 """Bytes of one digest word."""
 
@@ -47,6 +49,13 @@ def digest_tensor(tensor: torch.Tensor) -> int:
     return digest_tensors([tensor])[0]
 
 
+def digest_sum(tensor: torch.Tensor) -> int:
+    """What `finish` makes the digest of, modulo 2**64, of one contiguous tensor on a CUDA device."""
+    from weight_transfer.cuda.digest import Sums
+
+    return int(Sums([tensor])().item())
+
+
 def digest_tensors(tensors: Sequence[torch.Tensor], *, threads: int = 0) -> list[int]:
     """The digest of each tensor's elements in row-major order, whatever its strides. All must be on one device.
 
@@ -55,12 +64,42 @@ def digest_tensors(tensors: Sequence[torch.Tensor], *, threads: int = 0) -> list
 
     Raises ValueError for tensors that are neither in host memory nor all on one CUDA device.
     """
-    devices = {tensor.device for tensor in tensors}
-    if len(devices) > 1 or not {device.type for device in devices} <= {"cpu", "cuda"}:
-        raise ValueError(f"tensors are on {', '.join(sorted(map(str, devices)))}: not all in one place")
-    if devices and devices.pop().type == "cuda":
-        from weight_transfer.cuda.digest import sums
+    return Digester([tensor.detach().contiguous() for tensor in tensors], threads=threads).digests()
 
-        return [finish(total, tensor.nbytes) for total, tensor in zip(sums(tensors), tensors, strict=True)]
-    held = [tensor.detach().contiguous() for tensor in tensors]
-    return _core.digest_regions([(tensor.data_ptr(), tensor.nbytes) for tensor in held], threads)
+
+class Digester:
+    """Digests the same tensors again and again: what says where they lie is made once."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor], *, threads: int = 0) -> None:
+        """Of contiguous tensors, which must keep their memory. Raises ValueError as `digest_tensors` does."""
+        devices = {tensor.device for tensor in tensors}
+        if len(devices) > 1 or not {device.type for device in devices} <= {"cpu", "cuda"}:
+            raise ValueError(f"tensors are on {', '.join(sorted(map(str, devices)))}: not all in one place")
+        self._tensors = list(tensors)
+        self._threads = threads
+        self._sums: Sums | None = None
+        if devices and devices.pop().type == "cuda":
+            from weight_transfer.cuda.digest import Sums
+
+            self._sums = Sums(self._tensors)
+        else:
+            self._regions = [(tensor.data_ptr(), tensor.nbytes) for tensor in self._tensors]
+
+    def digests(self) -> list[int]:
+        """The digest of each tensor as it is now. On a CUDA device this waits for torch's current stream."""
+        if self._sums is None:
+            return _core.digest_regions(self._regions, self._threads)
+        totals = self._sums().tolist()
+        return [finish(total, tensor.nbytes) for total, tensor in zip(totals, self._tensors, strict=True)]
+
+    def look(self) -> torch.Tensor:
+        """Something that compares equal, by torch.equal, as long as the tensors' bytes do: int64, where they are.
+
+        On a CUDA device this is in the order of torch's current stream, and waits for nothing.
+        """
+        import torch
+
+        if self._sums is not None:
+            return self._sums()
+        found = _core.digest_regions(self._regions, self._threads)
+        return torch.tensor([digest - (digest >> 63 << 64) for digest in found], dtype=torch.int64)

@@ -5,28 +5,35 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from weight_transfer.arena import Arena
-from weight_transfer.digest import digest_tensor, digest_tensors
+from weight_transfer.digest import Digester, digest_tensor
 from weight_transfer.placement import Placement
 
 
-def digests(placements: Sequence[Placement], arenas: Sequence[Arena]) -> list[int]:
-    """The digest of each placed tensor. Those in one piece are read at once, the others copied one after the other.
+class Reading:
+    """Digests the placed tensors as often as it is wanted."""
 
-    Raises:
-        ValueError: ranks that hold the same part of a tensor hold different values; names it.
-    """
-    whole = [i for i, p in enumerate(placements) if not p.alias_reason(p.spec.dtype)]
-    found = dict(zip(whole, digest_tensors([placements[i].view(arenas) for i in whole]), strict=True))
-    for i, placement in enumerate(placements):
-        if i not in found:
-            found[i] = _gathered(placement, arenas)
-    return [found[i] for i in range(len(placements))]
+    def __init__(self, placements: Sequence[Placement], arenas: Sequence[Arena]) -> None:
+        """Of tensors in these arenas, whose memory is held from then on."""
+        self._placements, self._arenas = list(placements), list(arenas)
+        self._whole = [i for i, p in enumerate(placements) if not p.alias_reason(p.spec.dtype)]
+        self._digester = Digester([placements[i].view(arenas) for i in self._whole])
 
+    def digests(self) -> list[int]:
+        """The digest of each tensor. Those in one piece are read at once, the others copied one after the other.
 
-def _gathered(placement: Placement, arenas: Sequence[Arena]) -> int:
-    tensor = placement.gather(arenas)
-    if sum(block.numel for block in placement.blocks) > placement.spec.numel:
-        for part, place in placement.pairs(arenas, tensor):
-            if digest_tensor(part) != digest_tensor(place):
-                raise ValueError(f"the ranks hold different values of {placement.spec.name}")
-    return digest_tensor(tensor)
+        Raises:
+            ValueError: ranks that hold the same part of a tensor hold different values; names it.
+        """
+        found = dict(zip(self._whole, self._digester.digests(), strict=True))
+        for i, placement in enumerate(self._placements):
+            if i not in found:
+                found[i] = self._gathered(placement)
+        return [found[i] for i in range(len(self._placements))]
+
+    def _gathered(self, placement: Placement) -> int:
+        tensor = placement.gather(self._arenas)
+        if sum(block.numel for block in placement.blocks) > placement.spec.numel:
+            for part, place in placement.pairs(self._arenas, tensor):
+                if digest_tensor(part) != digest_tensor(place):
+                    raise ValueError(f"the ranks hold different values of {placement.spec.name}")
+        return digest_tensor(tensor)

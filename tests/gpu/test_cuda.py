@@ -13,7 +13,7 @@ from weight_transfer.cuda.devices import device_of, uuid_of
 from weight_transfer.digest import digest_tensor, digest_tensors
 from weight_transfer.manifest import TensorSpec
 from weight_transfer.placement import Block, Placement, contiguous_strides
-from weight_transfer.reading import digests
+from weight_transfer.reading import Reading
 from weight_transfer.write import write
 
 pytestmark = [
@@ -160,7 +160,8 @@ def test_writing_is_casting_and_copying(source: torch.dtype, target: torch.dtype
         for part, place in zip([p for p, _ in placement.pairs(arenas, want)], got, strict=True):
             assert torch.equal(part, place)
         assert digest == digest_tensor(want), placement
-    assert digests([placement for placement, _ in items], arenas) == found
+    assert Reading([placement for placement, _ in items], arenas).digests() == found
+    assert write(items, arenas) == found  # by the plan that the first made
     gaps = arenas[list(LAYOUTS).index("rows of a wider matrix")].tensor(0, (64, 80), target)
     assert not gaps[:, 48:].any()
 

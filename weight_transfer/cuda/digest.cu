@@ -10,6 +10,7 @@ extern "C" __global__ void digest(const u64* address, const u64* nbytes, const u
     u64 sum = 0;
     if ((reinterpret_cast<u64>(data) & 15) == 0) {
         const ulonglong2* pairs = reinterpret_cast<const ulonglong2*>(data);
+#pragma unroll 4
         for (u64 i = threadIdx.x; i < words / 2; i += blockDim.x) {
             const ulonglong2 two = pairs[i];
             sum += mix(two.x, first + 2 * i) + mix(two.y, first + 2 * i + 1);

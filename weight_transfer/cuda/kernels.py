@@ -43,8 +43,3 @@ def launch(function: Any, blocks: int, device: torch.device, *arguments: torch.T
 def table(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
     """Rows of unsigned 64-bit numbers in the device's memory."""
     return torch.from_numpy(np.array(rows, np.uint64).view(np.int64)).to(device)
-
-
-def numbers(sums: torch.Tensor) -> list[int]:
-    """A device's 64-bit numbers, unsigned. Waits for them."""
-    return [value % 2**64 for value in sums.tolist()]

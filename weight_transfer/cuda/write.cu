@@ -49,34 +49,55 @@ struct alignas(16) Out {
     TARGET lane[LANES];
 };
 
-extern "C" __global__ void write(const Piece* pieces, int count, u64* sums) {
-    int low = 0, high = count - 1;
-    while (low < high) {
-        const int middle = (low + high + 1) / 2;
-        if (pieces[middle].first_block <= blockIdx.x)
-            low = middle;
-        else
-            high = middle - 1;
-    }
-    const Piece piece = pieces[low];
+// The row of a piece that its element `at` is in.
+__device__ __forceinline__ u64 row_of(const Piece& piece, u64 at) {
+    if (piece.row == piece.numel) return 0;
+    // A division of 64 bits takes as long as all else here.
+    if (piece.numel >> 32 == 0) return static_cast<unsigned>(at) / static_cast<unsigned>(piece.row);
+    return at / piece.row;
+}
+
+struct Group {
+    In in;
+    u64 target;
+    u64 word;
+};
+
+__device__ __forceinline__ Group load(const Piece& piece, u64 at) {
+    const u64 row = row_of(piece, at), column = at - row * piece.row;
     const SOURCE* source = reinterpret_cast<const SOURCE*>(piece.source);
-    TARGET* target = reinterpret_cast<TARGET*>(piece.target);
+    Group group;
+    group.in = *reinterpret_cast<const In*>(source + row * piece.source_stride + column);
+    group.target = row * piece.target_stride + column;
+    group.word = piece.first_word + row * piece.word_stride + column * sizeof(TARGET) / 8;
+    return group;
+}
+
+__device__ __forceinline__ u64 store(const Piece& piece, const Group& group) {
+    Out out;
+#pragma unroll
+    for (int i = 0; i < LANES; ++i) pass(group.in.lane[i], out.lane[i]);
+    *reinterpret_cast<Out*>(reinterpret_cast<TARGET*>(piece.target) + group.target) = out;
+    const ulonglong2 words = *reinterpret_cast<const ulonglong2*>(&out);
+    return mix(words.x, group.word) + mix(words.y, group.word + 1);
+}
+
+// How many loads a thread has under way before its first store, which the compiler moves no load across.
+constexpr int BATCH = 4;
+
+extern "C" __global__ void __launch_bounds__(256) write(const Piece* pieces, const int* piece_of, u64* sums) {
+    const Piece piece = pieces[piece_of[blockIdx.x]];
     const u64 begin = (blockIdx.x - piece.first_block) * TILE;
     const u64 end = begin + TILE < piece.numel ? begin + TILE : piece.numel;
-    const bool one_row = piece.row == piece.numel;
-    u64 sum = 0;
-#pragma unroll 4
-    for (u64 at = begin + threadIdx.x * LANES; at < end; at += blockDim.x * LANES) {
-        const u64 row = one_row ? 0 : at / piece.row;
-        const u64 column = at - row * piece.row;
-        const In in = *reinterpret_cast<const In*>(source + row * piece.source_stride + column);
-        Out out;
+    const u64 step = blockDim.x * LANES;
+    u64 sum = 0, at = begin + threadIdx.x * LANES;
+    for (; at + (BATCH - 1) * step < end; at += BATCH * step) {
+        Group groups[BATCH];
 #pragma unroll
-        for (int i = 0; i < LANES; ++i) pass(in.lane[i], out.lane[i]);
-        *reinterpret_cast<Out*>(target + row * piece.target_stride + column) = out;
-        const u64 word = piece.first_word + row * piece.word_stride + column * sizeof(TARGET) / 8;
-        const ulonglong2 words = *reinterpret_cast<const ulonglong2*>(&out);
-        sum += mix(words.x, word) + mix(words.y, word + 1);
+        for (int i = 0; i < BATCH; ++i) groups[i] = load(piece, at + i * step);
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) sum += store(piece, groups[i]);
     }
+    for (; at < end; at += step) sum += store(piece, load(piece, at));
     add_up(sum, sums + piece.tensor);
 }

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from weight_transfer.arena import Arena
-from weight_transfer.cuda import digest, kernels
+from weight_transfer.cuda import kernels
+from weight_transfer.digest import digest_sum
 from weight_transfer.placement import Block, Placement
 
-_TILE = 1 << 14  # elements for one block
+_TILE = 1 << 15  # elements for one block
 _NAMES = {torch.float32: "float", torch.float16: "f16", torch.bfloat16: "bf16"}
+_KEPT = 4  # plans
 
 Item = tuple[Placement, torch.Tensor]
 Dtypes = tuple[torch.dtype, torch.dtype]
@@ -22,40 +26,69 @@ def write(items: Sequence[Item], arenas: Sequence[Arena]) -> list[int]:
 
     Pieces that are rows of whole 16 bytes go through one kernel for each pair of dtypes; torch copies what is not.
     """
-    device = arenas[0].device
-    totals = torch.zeros(len(items), dtype=torch.int64, device=device)
-    pieces: dict[Dtypes, list[list[int]]] = {}
-    odd: list[int] = []
-    held = []  # until the kernels have been launched: torch frees memory in the order of the stream
-    for i, (placement, tensor) in enumerate(items):
-        tensor = tensor.detach().contiguous()
-        held.append(tensor)
-        dtypes = (tensor.dtype, getattr(torch, placement.spec.dtype))
-        blocks = [block for block in placement.blocks if block.numel]
-        rows = [_piece(block, tensor, dtypes, arenas[block.arena].address) for block in blocks]
-        if None in rows:
-            odd.append(i)
-        elif rows:
-            pieces.setdefault(dtypes, []).extend([*row, i] for row in rows if row is not None)
-    for dtypes, rows_of in pieces.items():
-        _launch(dtypes, rows_of, totals)
-    found = kernels.numbers(totals)
-    for i in odd:
+    items = [(placement, tensor.detach().contiguous()) for placement, tensor in items]
+    plan = _plan_for(items, arenas)
+    totals = torch.zeros(len(items), dtype=torch.int64, device=arenas[0].device)
+    for launch in plan.launches:
+        launch(totals)
+    found: list[int] = totals.tolist()
+    for i in plan.odd:
         placement, tensor = items[i]
         for part, place in placement.pairs(arenas, tensor):
             place.copy_(part)
-        found[i] = digest.sums([tensor.to(getattr(torch, placement.spec.dtype))])[0]
+        found[i] = digest_sum(tensor.to(getattr(torch, placement.spec.dtype)))
     return found
 
 
-def _launch(dtypes: Dtypes, rows: Sequence[Sequence[int]], totals: torch.Tensor) -> None:
-    first, table = 0, []
-    for row in rows:
-        table.append([*row, first])
-        first += -(-row[2] // _TILE)
-    source, target = (_NAMES[dtype] for dtype in dtypes)
-    function = kernels.kernel("write", SOURCE=source, TARGET=target, TILE=f"{_TILE}ULL")
-    kernels.launch(function, first, totals.device, kernels.table(table, totals.device), len(rows), totals)
+class _Plan:
+    """Where the pieces of some tensors lie and go. Good for all tensors at the same addresses."""
+
+    def __init__(self, items: Sequence[Item], arenas: Sequence[Arena]) -> None:
+        self._placements = [placement for placement, _ in items]  # their ids are in the plan's key
+        pieces: dict[Dtypes, list[list[int]]] = {}
+        self.odd: list[int] = []
+        for i, (placement, tensor) in enumerate(items):
+            dtypes = (tensor.dtype, getattr(torch, placement.spec.dtype))
+            blocks = [block for block in placement.blocks if block.numel]
+            rows = [_piece(block, tensor, dtypes, arenas[block.arena].address) for block in blocks]
+            if None in rows:
+                self.odd.append(i)
+            elif rows:
+                pieces.setdefault(dtypes, []).extend([*row, i] for row in rows if row is not None)
+        self.launches = [_Launch(dtypes, rows, arenas[0].device) for dtypes, rows in pieces.items()]
+
+
+_plans: OrderedDict[tuple[object, ...], _Plan] = OrderedDict()
+
+
+def _plan_for(items: Sequence[Item], arenas: Sequence[Arena]) -> _Plan:
+    """A trainer's parameters stay where they are: what says so is made once, for it takes longer than the writing."""
+    key = (
+        *(arena.address for arena in arenas),
+        *((id(placement), tensor.data_ptr(), tensor.dtype) for placement, tensor in items),
+    )
+    plan = _plans.pop(key, None) or _Plan(items, arenas)
+    if len(items) > 1:  # one alone is fresh memory, as a merged adapter is
+        _plans[key] = plan
+        if len(_plans) > _KEPT:
+            _plans.popitem(last=False)
+    return plan
+
+
+class _Launch:
+    """The kernel of one pair of dtypes, with its table of pieces on the device."""
+
+    def __init__(self, dtypes: Dtypes, rows: Sequence[Sequence[int]], device: torch.device) -> None:
+        counts = [-(-row[2] // _TILE) for row in rows]
+        firsts = np.cumsum([0, *counts[:-1]])
+        self._blocks = sum(counts)
+        self._pieces = kernels.table([[*row, first] for row, first in zip(rows, firsts, strict=True)], device)
+        self._piece_of = torch.from_numpy(np.repeat(np.arange(len(rows), dtype=np.int32), counts)).to(device)
+        source, target = (_NAMES[dtype] for dtype in dtypes)
+        self._kernel = kernels.kernel("write", SOURCE=source, TARGET=target, TILE=f"{_TILE}ULL")
+
+    def __call__(self, totals: torch.Tensor) -> None:
+        kernels.launch(self._kernel, self._blocks, totals.device, self._pieces, self._piece_of, totals)
 
 
 def _piece(block: Block, tensor: torch.Tensor, dtypes: Dtypes, arena: int) -> list[int] | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from weight_transfer import digest as digests
+from weight_transfer.digest import Digester
 
 _SAMPLE_BYTES = 4096
 
@@ -19,25 +19,27 @@ class Watch:
     """
 
     def __init__(self) -> None:
-        self._samples: list[torch.Tensor] = []
-        self._digests: list[int] = []
+        self._samples: Digester | None = None
+        self._seen: torch.Tensor | None = None
 
     def start(self, tensors: Iterable[torch.Tensor]) -> None:
         """Watch these contiguous tensors, all on one device, from now on."""
-        self._samples = [_middle(tensor.detach()) for tensor in tensors]
+        self._samples = Digester([_middle(tensor.detach()) for tensor in tensors])
         self.renew()
 
     def renew(self) -> None:
         """Watch the same tensors, as they are now."""
-        self._digests = digests.digest_tensors(self._samples)
+        self._seen = None if self._samples is None else self._samples.look()
 
     def changed(self) -> bool:
         """Whether any was written since."""
-        return digests.digest_tensors(self._samples) != self._digests
+        if self._samples is None or self._seen is None:
+            return False
+        return not torch.equal(self._samples.look(), self._seen)
 
     def stop(self) -> None:
         """Let go of the memory."""
-        self._samples, self._digests = [], []
+        self._samples = self._seen = None
 
 
 def _middle(tensor: torch.Tensor) -> torch.Tensor:
