@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 from tandem import rpc
@@ -33,11 +33,13 @@ class Lease:
         heartbeat_s: float,
         timeout_s: float,
         answer_timeout_s: float,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> None:
         """Open the update and wait until the service is ready.
 
         Args:
             stub: the weight service.
+            meanwhile: what to do while the service makes itself ready.
             begin: the first message.
             heartbeat_s: seconds between two heartbeats.
             timeout_s: deadline of the whole update in seconds.
@@ -59,6 +61,7 @@ class Lease:
         )
         self._heart.start()
         try:
+            meanwhile()
             self._answer("ready")
         except BaseException:
             self._end()
@@ -69,8 +72,10 @@ class Lease:
         message = pb.TensorChunk(tensor=chunk.tensor, offset=chunk.offset, data=chunk.data)
         self._put(pb.UpdateWeightsRequest(chunk=message))
 
-    def commit(self, digest: int | None) -> tuple[int, float]:
-        """Make what was moved the new version.
+    def commit(
+        self, digest: int | None, meanwhile: Callable[[], None] = lambda: None
+    ) -> tuple[int, float]:
+        """Make what was moved the new version, and do something `meanwhile`.
 
         Returns:
             The new version, and for how many seconds generation was stopped.
@@ -80,6 +85,7 @@ class Lease:
         """
         try:
             self._put(pb.UpdateWeightsRequest(commit=pb.CommitUpdate(digest=digest)))
+            meanwhile()
             committed = self._answer("committed").committed
             return committed.weight_version, committed.stopped.ToNanoseconds() / 1e9
         finally:

@@ -79,8 +79,16 @@ class Session:
         """What updates carry."""
         return manifest
 
-    def begin(self, number: int, *, timeout_s: float = UPDATE_TIMEOUT_S) -> Lease:
+    def begin(
+        self,
+        number: int,
+        *,
+        timeout_s: float = UPDATE_TIMEOUT_S,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> Lease:
         """Take the lease for the update that makes version `number` on top of `weight_version`.
+
+        `meanwhile` is called while the engine stops.
 
         Raises:
             FailedPrecondition: somebody else made a newer version.
@@ -92,6 +100,7 @@ class Session:
             heartbeat_s=max(self.lease_timeout_s / 4, 0.05),
             timeout_s=timeout_s,
             answer_timeout_s=ANSWER_TIMEOUT_S,
+            meanwhile=meanwhile,
         )
 
     def holds(self, number: int, digest: int) -> bool:

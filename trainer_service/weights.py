@@ -78,6 +78,7 @@ class PolicyWeights:
         """
         self.history: deque[UpdateStats] = deque(maxlen=1000)
         self.committed = 0  # updates, in all sessions
+        self.least = 0  # the lowest number of the next one: a resumed run goes on with its own
         self._client = client
         self._model = model
         self._transports = [transport] if transport is None or isinstance(transport, str) else transport
@@ -246,15 +247,15 @@ class PolicyWeights:
         self._move(lease, policy, started)
         return None
 
-    def _begin(self) -> Lease:
+    def _begin(self, meanwhile: Callable[[], None] = lambda: None) -> Lease:
         session = self._session
         assert session is not None  # noqa: S101  for the type checker
         last, base = self.weight_version, session.weight_version
-        number = max(last, base) + 1
+        number = max(last + 1, base + 1, self.least)
         if base < last and self._held is not None:  # a new life of the engine
             policy = self._policy(session.names)
             number = last if session.transport.digest(policy) == self._held else number
-        lease = _patiently(lambda: session.begin(number))
+        lease = _patiently(lambda: session.begin(number, meanwhile=meanwhile))
         self._number, self._asked = number, 0
         return lease
 
@@ -280,11 +281,10 @@ class PolicyWeights:
             lease.abort(str(error), untouched=not (wrote or session.transport.touched))
             raise
         try:
-            version, stopped = lease.commit(moved.digest)
+            version, stopped = lease.commit(moved.digest, meanwhile=session.transport.mark)
         except TandemError as error:
             self._asked = self._number if _retryable(error) else 0
             raise
-        session.transport.mark()
         session.weight_version, self._held, self._as_committed = version, moved.digest, True
         self._dirty = False
         self.committed += 1
@@ -337,8 +337,9 @@ class PolicyWeights:
         if self._session is None or self._dirty:
             self._sync()
         assert self._session is not None  # noqa: S101  for the type checker
-        lease = self._begin()
-        if self._session.transport.disturbed():
+        transport, seen = self._session.transport, []
+        lease = self._begin(meanwhile=lambda: seen.append(transport.disturbed()))  # as the engine stops
+        if seen[-1]:
             self._refuse(lease)
         self._lease, self._as_committed = lease, False
 

@@ -31,13 +31,19 @@ def launch(function: Any, blocks: int, device: torch.device, *arguments: torch.T
     import cupy
 
     values = [np.uint64(a.data_ptr()) if isinstance(a, torch.Tensor) else np.int32(a) for a in arguments]
-    ours = torch.cuda.current_stream(device)
-    adopt = getattr(
-        cupy.cuda.Stream, "from_external", None
-    )  # CuPy 14's; before there was ExternalStream alone
-    stream = adopt(ours) if adopt is not None else cupy.cuda.ExternalStream(ours.cuda_stream, device.index)
-    with cupy.cuda.Device(device.index), stream:
+    with cupy.cuda.Device(device.index), _stream(torch.cuda.current_stream(device)):
         function((blocks,), (THREADS,), tuple(values))
+
+
+@functools.cache
+def _stream(stream: torch.cuda.Stream) -> Any:
+    """A stream of torch's, as CuPy takes it. Torch has a few, and ends none."""
+    import cupy
+
+    adopt = getattr(cupy.cuda.Stream, "from_external", None)  # CuPy 14's
+    if adopt is not None:
+        return adopt(stream)
+    return cupy.cuda.ExternalStream(stream.cuda_stream, stream.device_index)
 
 
 def table(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:

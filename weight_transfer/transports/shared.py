@@ -45,7 +45,7 @@ class SharedTransport(WeightTransport):
         self._connection = connection
         self._aliased: dict[int, torch.nn.Parameter] = {}
         self._settled = False  # after the last move of a policy
-        self._homes: list[tuple[torch.nn.Parameter, int]] = []  # where the aliased ones were then
+        self._homes: tuple[list[torch.nn.Parameter], list[int]] = ([], [])  # where the aliased ones were then
         self._watch = Watch()
         self._unwatched = False  # parameters were aliased since it was started
 
@@ -76,7 +76,8 @@ class SharedTransport(WeightTransport):
         return all(self._in_place(source) for source in policy)
 
     def stands(self) -> bool:
-        return self._settled and all(p.data_ptr() == address for p, address in self._homes)
+        parameters, addresses = self._homes
+        return self._settled and list(map(torch.Tensor.data_ptr, parameters)) == addresses
 
     def mark(self) -> None:
         if self._unwatched:
@@ -108,7 +109,7 @@ class SharedTransport(WeightTransport):
             self._alias(source)
         if policy:
             self._settled = self.settled(policy)
-            self._homes = [(p, p.data_ptr()) for p in self._aliased.values()]
+            self._homes = (list(self._aliased.values()), [p.data_ptr() for p in self._aliased.values()])
         for device in {arena.device for arena in self._arenas if arena.device.type == "cuda"}:
             # What was written, by whomever here, must be there before the engine goes on.
             torch.cuda.synchronize(device)
@@ -130,7 +131,7 @@ class SharedTransport(WeightTransport):
                 if self._is_ours(parameter):
                     parameter.data = parameter.data.clone()
         self._aliased.clear()
-        self._homes.clear()
+        self._homes = ([], [])
         self._settled = False
         self._watch.stop()
         self._arenas.clear()
