@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from tandem.errors import invalid
 
 if TYPE_CHECKING:
     from tandem.client import TandemClient
@@ -55,6 +58,27 @@ def client(options: argparse.Namespace) -> TandemClient:
         timeout_s=30.0,
         ca_file=options.ca_file,
     )
+
+
+def assignments(given: list[str], field: str) -> dict[str, Any]:
+    """What flags give as NAME=VALUE: a value that is JSON as that, any other as text.
+
+    Raises:
+        InvalidArgument: one is of another form; it is called `field`.
+
+    >>> assignments(["n=4", "name=policy", 'stop=["a=b"]'], "param")
+    {'n': 4, 'name': 'policy', 'stop': ['a=b']}
+    """
+    found: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not name or not equals:
+            raise invalid(field, f"must be NAME=VALUE, is {text!r}")
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name] = value
+    return found
 
 
 def say(text: str) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import Any
 
-from tandem.cli.arguments import Parser, client, safe, with_services
-from tandem.errors import invalid
+from tandem.cli.arguments import Parser, assignments, client, safe, with_services
 
 #: SamplingParams that have a flag of their own.
 _FLAGS = {"max_tokens": int, "temperature": float, "top_p": float, "top_k": int, "seed": int}
@@ -37,7 +35,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     text = sys.stdin.read() if options.prompt is None else options.prompt
     given = {name: getattr(options, name) for name in _FLAGS if getattr(options, name) is not None}
-    sampling = given | _params(options.param)
+    sampling = given | assignments(options.param, "param")
     keep, ending = "\n\t", "\n"
     with client(options) as tandem:
         stream = tandem.stream(
@@ -58,16 +56,3 @@ def _prompt(text: str, options: Any) -> Any:
         return text
     system = [] if options.system is None else [{"role": "system", "content": options.system}]
     return [*system, {"role": "user", "content": text}]
-
-
-def _params(given: list[str]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        if not name or not equals:
-            raise invalid("param", f"must be NAME=VALUE, is {text!r}")
-        try:
-            found[name] = json.loads(value)
-        except json.JSONDecodeError:
-            found[name] = value
-    return found

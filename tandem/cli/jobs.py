@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from tandem.cli.arguments import Parser, client, safe, say, with_services
+from tandem.cli.arguments import Parser, assignments, client, safe, say, with_services
 from tandem.errors import invalid
 
 if TYPE_CHECKING:
@@ -21,18 +21,28 @@ def submit(argv: list[str]) -> int:
     """Submit a job file, and write the job's id."""
     parser = with_services(Parser("submit", "Submit a job; its id is written to standard output."), "trainer")
     parser.add_argument("file", help="the job, in TOML or JSON: docs/cli.md has an example")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="PATH=VALUE",
+        help="another value for a field of the file, such as training.max_steps=2; values may be JSON",
+    )
     parser.add_argument("--check", action="store_true", help="only look whether the job would be taken")
     parser.add_argument(
         "--request-id", metavar="ID", help="submitting again under the same id makes no second job"
     )
     parser.add_argument("--watch", action="store_true", help="follow it, as tandem watch does")
     options = parser.parse_args(argv)
+    from tandem.client import job_spec
+
+    spec = job_spec(options.file, assignments(options.set, "set"))
     with client(options) as tandem:
         if options.check:
-            tandem.check(options.file)
+            tandem.check(spec)
             say("it would be taken")
             return 0
-        job = tandem.submit(options.file, request_id=options.request_id)
+        job = tandem.submit(spec, request_id=options.request_id)
         say(job.id)
         if options.watch:
             from tandem.cli.watch import follow

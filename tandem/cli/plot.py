@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tandem.cli.arguments import Parser, client, say, with_services
 from tandem.cli.board import REWARDS
 from tandem.cli.history import history
 from tandem.client import Metrics
 from tandem.errors import invalid
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Curves = dict[str, list[tuple[int, float]]]
 #: What is drawn if nothing is named, where the job has it.
@@ -74,15 +78,20 @@ def chosen(curves: Curves, wanted: list[str]) -> list[str]:
 
 def draw(curves: Curves, names: list[str], title: str, out: Path) -> None:
     """Write the file: a panel for each figure."""
+    panels(curves, names, title).savefig(out, dpi=120, format="png")
+
+
+def panels(curves: Curves, names: list[str], title: str) -> Figure:
+    """A panel for each figure, one below the other."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 1 + 2 * len(names)), layout="constrained")
     figure.suptitle(title)
-    panels = figure.subplots(len(names), 1, sharex=True, squeeze=False)
-    for name, (axes,) in zip(names, panels, strict=True):
+    rows = figure.subplots(len(names), 1, sharex=True, squeeze=False)
+    for name, (axes,) in zip(names, rows, strict=True):
         steps, values = zip(*curves[name], strict=True)
         axes.plot(steps, values, marker="." if len(steps) < 50 else "")
         axes.set_ylabel(name)
         axes.grid(alpha=0.3)
-    panels[-1][0].set_xlabel("step")
-    figure.savefig(out, dpi=120, format="png")
+    rows[-1][0].set_xlabel("step")
+    return figure

@@ -6,14 +6,14 @@ import sys
 import time
 
 from tandem.cli.arguments import Parser, say
-from tandem.errors import DeadlineExceeded, Reason, TandemError, Unavailable
-from tandem.processes import Child, ChildError, Interrupted, Processes
+from tandem.cli.pair import Pair
+from tandem.errors import Reason, TandemError, Unavailable
+from tandem.processes import ChildError, Interrupted, Processes
 from tandem.settings import default_address
 
 _LIVE = ("QUEUED", "STARTING", "RUNNING", "RETRYING", "CANCELLING")
 #: What the jobs get together to save and end in.
 _END_JOBS_S = 60.0
-_ASK_EVERY_S = 0.5
 
 
 def main(argv: list[str]) -> int:
@@ -36,24 +36,23 @@ def main(argv: list[str]) -> int:
     addresses = {name: default_address(name) for name in ("inference", "trainer")}
     try:
         with Processes(None, {}) as processes:
-            inference = processes.start(
-                "inference",
-                "inference_service",
-                addresses=addresses["inference"],
-                model=options.model,
-                engine=options.engine,
-                config=options.inference_config,
+            pair = Pair(
+                processes,
+                addresses,
+                inference={
+                    "model": options.model,
+                    "engine": options.engine,
+                    "config": options.inference_config,
+                },
+                trainer={"config": options.trainer_config},
             )
-            trainer = processes.start(
-                "trainer", "trainer_service", addresses=addresses["trainer"], config=options.trainer_config
-            )
-            children = {"inference": inference, "trainer": trainer}
-            _wait_until_serving(processes, children, addresses, options.timeout)
+            pair.wait_until_serving(options.timeout)
             for name, address in addresses.items():
                 say(f"{name:<10} {address}")
             say("both serve; Ctrl-C ends them")
             try:
-                _stay(processes, children)
+                while True:
+                    pair.wait()
             finally:
                 _end_jobs(addresses["trainer"])
     except Interrupted:
@@ -61,37 +60,6 @@ def main(argv: list[str]) -> int:
         return 130
     except ChildError as error:
         raise Unavailable(Reason.UNREACHABLE, str(error)) from error
-    return 1
-
-
-def _wait_until_serving(
-    processes: Processes, children: dict[str, Child], addresses: dict[str, str], timeout_s: float
-) -> None:
-    from tandem.cli.health import health  # loaded now that the children run
-
-    deadline, asked = time.monotonic() + timeout_s, 0.0
-    waiting = dict(addresses)
-    while waiting:
-        _step(processes, children)
-        now = time.monotonic()
-        if now - asked > _ASK_EVERY_S:
-            asked = now
-            waiting = {name: place for name, place in waiting.items() if health(place, name) != "SERVING"}
-        if waiting and now > deadline:
-            late = f"{' and '.join(waiting)} did not serve within {timeout_s:.0f} s"
-            raise DeadlineExceeded(Reason.DEADLINE, late)
-
-
-def _stay(processes: Processes, children: dict[str, Child]) -> None:
-    while True:
-        _step(processes, children)
-
-
-def _step(processes: Processes, children: dict[str, Child]) -> None:
-    processes.wait()
-    for name, child in children.items():
-        if child.ended():
-            raise ChildError(f"the {name} service ended by itself")
 
 
 def _end_jobs(address: str) -> None:

@@ -25,14 +25,18 @@ def main(argv: list[str]) -> int:
 
 def follow(job: Job, *, after: int = 0, lines: bool = False) -> int:
     """Show a job's events until it is over. Returns the exit code."""
-    events = job.watch(after)
+    show(job, job.watch(after), lines=lines)
+    return 0 if job.state is JobState.SUCCEEDED else 1
+
+
+def show(job: Job, events: Iterable[Event], *, lines: bool = False) -> None:
+    """Show a job's events as they come: on a board where a terminal is, else by `lines`."""
     if lines or not sys.stdout.isatty():
         for event in events:
             if line := plain(event):
                 say(line)
     else:
         _draw(job, events)
-    return 0 if job.state is JobState.SUCCEEDED else 1
 
 
 def _draw(job: Job, events: Iterable[Event]) -> None:

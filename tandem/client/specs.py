@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tandem.client.tables import message
+from tandem.client.tables import merge, message
 from tandem.errors import invalid
 from tandem.trainer.v1.job_pb2 import JobSpec
 
@@ -16,19 +16,36 @@ Spec = JobSpec | Mapping[str, Any] | str | Path
 """A job: the contract's message, its table, or a file of either TOML or JSON."""
 
 
-def job_spec(given: Spec) -> JobSpec:
+def job_spec(given: Spec, changes: Mapping[str, Any] | None = None) -> JobSpec:
     """The job that is meant.
 
     Args:
         given: a message, a table, or the path of a file: `.json` is JSON, all else TOML.
+        changes: what the job shall have else, by paths of fields. Tables add to what is there, and lists replace it;
+            where one of several goes, such as the source of a dataset, the new one takes the old one's place.
 
     Raises:
         InvalidArgument: the file cannot be read, or names what the contract does not have; by the path in it.
 
-    >>> spec = job_spec({"model": {"path": "/models/policy"}, "training": {"max_steps": 8}, "grpo": {}})
-    >>> spec.training.max_steps, spec.WhichOneof("algorithm")
-    (8, 'grpo')
+    >>> table = {"model": {"path": "/models/policy"}, "training": {"max_steps": 8}, "grpo": {}}
+    >>> spec = job_spec(table, {"training.max_steps": 2, "training.seed": 1})
+    >>> spec.training.max_steps, spec.training.seed, spec.WhichOneof("algorithm")
+    (2, 1, 'grpo')
     """
+    spec = _given(given)
+    if not changes:
+        return spec
+    changed = JobSpec()
+    changed.CopyFrom(spec)
+    for path, value in changes.items():
+        table = value
+        for name in reversed(path.split(".")):
+            table = {name: table}
+        merge(changed, message(JobSpec, table, "job"))
+    return changed
+
+
+def _given(given: Spec) -> JobSpec:
     if isinstance(given, JobSpec):
         return given
     if isinstance(given, Mapping):

@@ -52,6 +52,33 @@ def message(kind: type[_M], table: Mapping[str, Any], path: str) -> _M:
     return made
 
 
+def merge(old: Message, new: Message) -> None:
+    """Put what `new` has into `old`: tables at any depth add to those that are there, lists replace them."""
+    if isinstance(old, Struct) and isinstance(new, Struct):
+        for name, value in new.fields.items():
+            if (
+                value.HasField("struct_value")
+                and name in old.fields
+                and old.fields[name].HasField("struct_value")
+            ):
+                merge(old.fields[name].struct_value, value.struct_value)
+            else:
+                old.fields[name].CopyFrom(value)
+        return
+    for field, value in new.ListFields():
+        if field.is_repeated and field.message_type and field.message_type.GetOptions().map_entry:
+            getattr(old, field.name).MergeFrom(value)
+        elif field.is_repeated:
+            old.ClearField(field.name)
+            getattr(old, field.name).MergeFrom(value)
+        elif field.message_type:
+            part = getattr(old, field.name)
+            part.SetInParent()  # also where it is empty, which takes another choice's place
+            merge(part, value)
+        else:
+            setattr(old, field.name, value)
+
+
 def _fill(made: Any, table: Mapping[str, Any], path: str, wrong: list[Violation]) -> None:
     if isinstance(made, Struct):
         problems = list(_unfit(table, path))

@@ -92,6 +92,16 @@ def test_submit_only_checks(tandem: Tandem, script: Script, file: Path) -> None:
     assert script.created[0].validate_only
 
 
+def test_submit_sets_what_the_file_has_otherwise(tandem: Tandem, script: Script, file: Path) -> None:
+    given = ["--set", "training.max_steps=2", '--set=inference.service.addresses=["unix:///i.sock"]']
+    assert tandem("submit", str(file), *given, "--set=model.revision=a=b")[0] == 0
+    job = script.created[0].job
+    assert (job.training.max_steps, list(job.inference.service.addresses)) == (2, ["unix:///i.sock"])
+    assert (job.model.path, job.model.revision) == ("/models/policy", "a=b")
+    code, _, err = tandem("submit", str(file), "--set=training.max_stepz=2")
+    assert (code, err.partition(": there is")[0]) == (2, "tandem: FIELD_INVALID: job.training.max_stepz")
+
+
 def test_submit_says_what_is_wrong_with_the_file(tandem: Tandem, script: Script, file: Path) -> None:
     file.write_text("[model]\npth = 1\n")
     code, out, err = tandem("submit", str(file))
@@ -257,6 +267,7 @@ def test_wrong_arguments_are_one_line(tandem: Tandem, arguments: list[str]) -> N
         (["jobs", "--state", "busy"], "states: there is no state 'BUSY'"),
         (["jobs", "--trainer", "nowhere"], "'nowhere' has no port"),
         (["jobs", "--token-file", "/none"], "token_file: cannot read /none"),
+        (["submit", "/none.toml", "--set", "x"], "set: must be NAME=VALUE, is 'x'"),
         (["submit", "/none.toml"], "job: cannot read /none.toml: No such file or directory"),
         (["generate", "hi", "--inference", "unix:///none", "--param", "x"], "param: must be NAME=VALUE"),
         (

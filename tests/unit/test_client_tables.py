@@ -82,6 +82,63 @@ def test_an_empty_table_is_a_choice() -> None:
     assert spec.WhichOneof("algorithm") == "rloo"
 
 
+def test_changes_add_to_tables_and_replace_the_rest(tmp_path: Path) -> None:
+    file = tmp_path / "job.toml"
+    file.write_text(WHOLE)
+    spec = job_spec(file)
+    changed = job_spec(
+        file,
+        {
+            "training.max_steps": 2,
+            "training": {"seed": 1},
+            "model.lora.target_modules": ["o_proj"],
+            "rewards": [{"builtin": "reasoning_gym"}],
+            "dataset.reasoning_gym.task": "basic_arithmetic",
+            "inference.service": {},
+            "rloo": {},
+            "labels.run": "b",
+        },
+    )
+    assert (changed.training.max_steps, changed.training.seed) == (2, 1)
+    assert changed.training.learning_rate == spec.training.learning_rate
+    assert (changed.model.lora.rank, list(changed.model.lora.target_modules)) == (8, ["o_proj"])
+    assert [reward.WhichOneof("kind") for reward in changed.rewards] == ["builtin"]
+    # Of what is one of several, the new one takes the old one's place.
+    assert changed.dataset.WhichOneof("source") == "reasoning_gym"
+    assert dict(changed.dataset.columns) == dict(spec.dataset.columns)
+    assert changed.inference.WhichOneof("target") == "service"
+    assert changed.WhichOneof("algorithm") == "rloo"
+    assert dict(changed.labels) == {"team": "a", "run": "b"}
+    assert job_spec(spec, {"training.max_steps": 2}).training.max_steps == 2
+    assert spec == job_spec(file, {})  # what is given stays
+
+
+def test_changes_reach_into_what_the_contract_does_not_know() -> None:
+    table = {"grpo": {"trl_options": {"a": {"b": 1, "c": 2}, "d": [1, 2], "e": 1}}}
+    changes = {"grpo.trl_options.a.b": 3, "grpo.trl_options": {"d": [4], "e": {}, "f": "g"}}
+    options = dict(job_spec(table, changes).grpo.trl_options)
+    assert dict(options.pop("a")) == {"b": 3, "c": 2}
+    assert list(options.pop("d")) == [4]
+    assert dict(options.pop("e")) == {}
+    assert options == {"f": "g"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"training.max_stepz": 1}, "job.training.max_stepz"),
+        ({"training.max_steps": "two"}, "job.training.max_steps"),
+        ({"training": 1}, "job.training"),
+        ({"max_retries.x": 1}, "job.max_retries"),
+        ({"": 1}, "job."),
+    ],
+)
+def test_a_change_that_cannot_be_is_named(changes: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        job_spec({"grpo": {}}, changes)
+    assert [v.field for v in caught.value.violations] == [field]
+
+
 @pytest.mark.parametrize(
     ("table", "field", "text"),
     [
