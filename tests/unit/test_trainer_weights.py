@@ -453,8 +453,8 @@ def test_a_commit_whose_answer_is_lost_is_known_by_its_digest(
     commit, held, asked = Lease.commit, [], []
     holds = weights._session.holds
 
-    def lose_answer(lease: Lease, digest: int | None) -> tuple[int, float]:
-        commit(lease, digest)
+    def lose_answer(lease: Lease, digest: int | None, **given: Any) -> tuple[int, float]:
+        commit(lease, digest, **given)
         held.append(engine.digest)
         monkeypatch.setattr(Lease, "commit", commit)
         raise Unavailable(Reason.UNREACHABLE, "connection reset")
@@ -485,7 +485,7 @@ def test_somebody_elses_commit_is_not_taken_for_one_whose_answer_was_lost(
     weights = policy(model, transport)
     weights.sync()
 
-    def lose(lease: Lease, digest: int | None) -> tuple[int, float]:
+    def lose(lease: Lease, digest: int | None, **given: Any) -> tuple[int, float]:
         lease.abort("lost", untouched=False)
         restore(engine)
         raise Unavailable(Reason.UNREACHABLE, "connection reset")
