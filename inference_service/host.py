@@ -11,7 +11,6 @@ from inference_service.policy import Policy, WeightState
 from inference_service.sessions import Sessions
 from tandem.errors import Reason, Unavailable
 
-
 _TICK_S = 0.25  # how soon a call that waits for a version notices that the engine died
 
 

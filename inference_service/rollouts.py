@@ -27,6 +27,7 @@ class Request:
     """One rollout, or one sequence to score, to ask the engine for.
 
     prompt: vLLM's prompt (a TokensPrompt). params: vLLM's SamplingParams, which requests may share. seed: of this one.
+    one_version: whether it ends at a commit, with the tokens that it has.
     """
 
     id: str
@@ -35,6 +36,7 @@ class Request:
     index: int = 0
     lora: Adapter | None = None
     seed: int | None = None
+    one_version: bool = False
 
 
 @dataclass
@@ -42,6 +44,8 @@ class Track:
     """What is known of a running request: from which token on which version made it."""
 
     added: bool = False
+    one_version: bool = False
+    stopped: bool = False  # at a commit, as it was asked to be
     marks: list[tuple[int, int]] = field(default_factory=list)  # (first token, version)
     error: TandemError | None = None
 
@@ -62,6 +66,7 @@ class Piece:
     output: Any  # vLLM's RequestOutput
     spans: list[tuple[int, int]]
     first: bool
+    stopped: bool = False  # by a commit
 
 
 class Rollouts:
@@ -72,6 +77,7 @@ class Rollouts:
         self._version = version
         self._running: dict[str, Track] = {}
         self._failed: TandemError | None = None
+        self._stopping: set[asyncio.Task[None]] = set()
 
     @property
     def version(self) -> int:
@@ -80,17 +86,27 @@ class Rollouts:
 
     def advance(self, version: int) -> None:
         """From the next token on, tokens are of `version`. The engine must be paused, and is a moment from resuming."""
+        stopped = []
         for request_id, track in self._running.items():
             tokens = self._engine.tokens_so_far(request_id)
             if tokens is None:
                 if track.added:  # it has ended; its last tokens wait to be read
                     continue
                 tokens = 0
+            if track.one_version and tokens:
+                track.stopped = True
+                stopped.append(request_id)
+                continue
             if track.marks and track.marks[-1][0] == tokens:
                 track.marks.pop()
             track.marks.append((tokens, version))
         self._version = version
         self._failed = None
+        if stopped:
+            # It has its turn before anything that the engine samples from now on: what that adds, nobody hears of.
+            stopping = asyncio.ensure_future(self._engine.llm.abort(stopped))
+            self._stopping.add(stopping)
+            stopping.add_done_callback(self._stopping.discard)
 
     async def fail(self, error: TandemError) -> None:
         """End everything that runs with `error`, and what comes until the next version."""
@@ -165,7 +181,7 @@ class Rollouts:
     async def _one(self, request: Request, entering: asyncio.Semaphore) -> AsyncGenerator[Piece, None]:
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        track = self._running[request.id] = Track(marks=[(0, self._version)])
+        track = self._running[request.id] = Track(one_version=request.one_version, marks=[(0, self._version)])
         first, sent, ended = True, 0, False
         using = ExitStack()
         try:
@@ -188,7 +204,8 @@ class Rollouts:
                 ):  # vLLM's word for what may be tried again
                     raise Unavailable(Reason.INTERRUPTED, "the engine gave a request up; try again")
                 tokens = len(output.outputs[0].token_ids)
-                yield Piece(request.index, output, track.spans(sent, sent + tokens), first)
+                stopped = track.stopped and output.outputs[0].finish_reason == "abort"
+                yield Piece(request.index, output, track.spans(sent, sent + tokens), first, stopped)
                 first, sent = False, sent + tokens
             self._engine.stats.rollouts_finished += 1
         except EngineDeadError as error:

@@ -50,6 +50,7 @@ class Reason(StrEnum):
     ENGINE_TORN = "ENGINE_TORN"
     ENGINE_DEAD = "ENGINE_DEAD"
     ENGINE_ASLEEP = "ENGINE_ASLEEP"
+    WEIGHTS_TOO_OLD = "WEIGHTS_TOO_OLD"
     DRAINING = "DRAINING"
     INTERRUPTED = "INTERRUPTED"
     UNREACHABLE = "UNREACHABLE"
@@ -234,6 +235,7 @@ CATALOGUE: dict[Reason, type[TandemError]] = {
     Reason.ENGINE_TORN: Unavailable,
     Reason.ENGINE_DEAD: Unavailable,
     Reason.ENGINE_ASLEEP: Unavailable,
+    Reason.WEIGHTS_TOO_OLD: Unavailable,
     Reason.DRAINING: Unavailable,
     Reason.INTERRUPTED: Unavailable,
     Reason.UNREACHABLE: Unavailable,

@@ -75,6 +75,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         params = sampling_params(request, engine.info)
         lora = engine.loras.get(request.lora) if request.lora else None
         seed = request.sampling.seed if request.sampling.HasField("seed") else None
+        if request.on_commit not in pb.OnCommit.values():
+            raise invalid("on_commit", f"no OnCommit {request.on_commit}")
+        wait_s = _version_wait(request)
         name = _name(request.request_id)
         # Before anything is made of them: a small message can ask for millions, and be of millions.
         self._room.check(len(request.prompts), "prompts")
@@ -83,11 +86,25 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             places: list[tuple[int, int]] = []
             found = await prompts.vllm_prompts(engine, request.prompts, templates=self._templates)
             for i, prompt in enumerate(found):
-                for j in range(request.prompts[i].n or 1):
+                asked = request.prompts[i]
+                for j in range(asked.n or 1):
                     k = len(requests)
-                    own = None if seed is None else (seed + k) % 2**63  # vLLM's are signed
-                    requests.append(Request(f"{name}-{k}", prompt, params, index=k, lora=lora, seed=own))
+                    own = asked.seed + j if asked.HasField("seed") else None if seed is None else seed + k
+                    own = None if own is None else own % 2**63  # vLLM's are signed
+                    requests.append(
+                        Request(
+                            f"{name}-{k}",
+                            prompt,
+                            params,
+                            index=k,
+                            lora=lora,
+                            seed=own,
+                            one_version=request.on_commit == pb.ON_COMMIT_STOP,
+                        )
+                    )
                     places.append((i, j))
+            if request.min_weight_version:
+                await self._host.at_least(request.min_weight_version, wait_s)
             self._host.generating()  # it may have been torn, or have gone to sleep, since
             async with aclosing(policy.rollouts.run(requests)) as batches:
                 async for batch in batches:
@@ -107,6 +124,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         lora = engine.loras.get(request.lora) if request.lora else None
         if not request.sequences:
             raise invalid("sequences", "at least one is required")
+        wait_s = _version_wait(request)
         name = _name(request.request_id)
         with self._room.take(len(request.sequences), "sequences") as place:
             requests = []
@@ -117,6 +135,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 prompts.check_ids(engine, ids, f"sequences[{i}]")
                 prompt = {"prompt_token_ids": ids}
                 requests.append(Request(f"{name}-{i}", prompt, params, index=i, lora=lora))
+            if request.min_weight_version:
+                await self._host.at_least(request.min_weight_version, wait_s)
             async with aclosing(policy.rollouts.score(requests)) as scores:
                 async for index, logprobs, version in scores:
                     place.left -= 1
@@ -142,6 +162,16 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             size += own
         if together:
             yield together
+
+
+def _version_wait(request: pb.GenerateRequest | pb.ScoreRequest) -> float | None:
+    """Seconds to wait for the version that is needed; None for as long as the call may last."""
+    if not request.HasField("max_version_wait"):
+        return None
+    seconds = request.max_version_wait.ToNanoseconds() / 1e9
+    if seconds < 0:
+        raise invalid("max_version_wait", f"must not be negative, is {seconds:g} s")
+    return seconds
 
 
 def _name(request_id: str) -> str:
@@ -198,7 +228,8 @@ def _rollout(request: pb.GenerateRequest, piece: Piece, prompt_index: int, rollo
     if piece.first and request.include_prompt_token_ids and rollout_index == 0:
         rollout.prompt_token_ids.extend(piece.output.prompt_token_ids)
     if piece.output.finished:
-        rollout.finish_reason = _FINISH[completion.finish_reason]
+        stopped = pb.FINISH_REASON_NEW_VERSION if piece.stopped else None
+        rollout.finish_reason = stopped or _FINISH[completion.finish_reason]
         rollout.num_cached_prompt_tokens = piece.output.num_cached_tokens or 0
         if isinstance(completion.stop_reason, str):
             rollout.stop_string = completion.stop_reason

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tandem.engine.v1 import engine_pb2
+from tandem.errors import Reason
 from tandem.inference.v1 import inference_pb2 as pb
 from tandem.weights.v1 import weights_pb2
 from tests.integration.calls import (
@@ -20,6 +21,7 @@ from tests.integration.calls import (
     joined,
     one,
     pause,
+    refused,
     request,
     resume,
     score,
@@ -173,6 +175,96 @@ def test_what_arrives_while_paused_is_of_the_version_it_starts_with(exact: Servi
     finally:
         resume(exact)
     assert [spans(rollout) for rollout in joined(reading.end()).values()] == [[(first + 1, 200)]] * 3
+
+
+def test_a_call_waits_for_the_version_that_it_needs(exact: Service) -> None:
+    first = version(exact)
+    reading = Reading(exact, request(ids([5], 3), sampling=LONG, min_weight_version=first + 2))
+    scoring = exact.inference.Score(
+        pb.ScoreRequest(sequences=[pb.TokenIds(ids=[5, 6, 7])], min_weight_version=first + 2), timeout=60
+    )
+    for made in (first, first + 1):
+        assert spans(one(exact, ids([5]), sampling={"max_tokens": 2}, min_weight_version=first)) == [
+            (made, 2)
+        ]
+        assert reading.running
+        assert stats(exact).num_running == stats(exact).num_waiting == 0, "the engine does not know of them"
+        commit(exact)
+    assert [spans(rollout) for rollout in reading.end()] == [[(first + 2, 200)]] * 3
+    assert [score.weight_version for message in scoring for score in message.scores] == [first + 2]
+
+
+def test_a_call_that_cannot_wait_is_refused(exact: Service) -> None:
+    first = version(exact)
+    asked = request(ids([5]), min_weight_version=first + 1)
+    for nanos in (0, 20_000_000):
+        asked.max_version_wait.nanos = nanos
+        asked.max_version_wait.SetInParent()
+        error = refused(lambda: exact.inference.Generate(asked, timeout=60))
+        assert error.reason == Reason.WEIGHTS_TOO_OLD
+        assert error.metadata == {"weight_version": str(first), "min_weight_version": str(first + 1)}
+    scoring = pb.ScoreRequest(sequences=[pb.TokenIds(ids=[5, 6])], min_weight_version=first + 1)
+    scoring.max_version_wait.SetInParent()
+    assert refused(lambda: exact.inference.Score(scoring, timeout=60)).reason == Reason.WEIGHTS_TOO_OLD
+    asked.max_version_wait.seconds = -1
+    error = refused(lambda: exact.inference.Generate(asked, timeout=60))
+    assert [found.field for found in error.violations] == ["max_version_wait"]
+    asked.ClearField("max_version_wait")
+    assert refused(lambda: exact.inference.Generate(asked, timeout=0.5)).reason == Reason.DEADLINE
+    idle(exact)
+
+
+def test_rollouts_that_stop_at_a_commit_are_of_one_version(exact: Service) -> None:
+    """Eighty, of which the engine runs 64 at once."""
+    fields: dict[str, Any] = {"sampling": {"temperature": 0} | LONG, "on_commit": pb.ON_COMMIT_STOP}
+    prompts = [ids([5 + i, *range(3, 3 + i)]) for i in range(80)]
+    undisturbed = generate(exact, *prompts, **fields)
+    for _ in range(5):  # on a busy machine the rollouts may end before we can stop them
+        idle(exact)
+        first, before = version(exact), generated(exact)
+        reading = Reading(exact, request(*prompts, output_mode=DELTAS, **fields))
+        goes_on = Reading(exact, request(ids([9]), sampling={"temperature": 0} | LONG, output_mode=DELTAS))
+        until(lambda reading=reading: len(joined(reading.pieces)) >= 60, 20, "most rollouts are under way")
+        pause(exact)
+        try:
+            made = generated(exact) - before
+            both = (reading, goes_on)
+            until(lambda made=made, both=both: sum(r.num_tokens for r in both) == made, 5, "it is here")
+            had = {place: len(r.token_ids) for place, r in joined(reading.pieces).items()}
+            commit(exact)
+        finally:
+            resume(exact)
+        rollouts = joined(reading.end())
+        assert len(rollouts) == 80
+        goes_on.end()
+        for place, rollout in rollouts.items():
+            count, whole = len(rollout.token_ids), len(undisturbed[place].token_ids)
+            stopped = 0 < had.get(place, 0) < whole
+            assert rollout.finish_reason == (
+                pb.FINISH_REASON_NEW_VERSION if stopped else pb.FINISH_REASON_LENGTH
+            )
+            assert spans(rollout) == [(first if place in had else first + 1, count)]
+            assert count == (had[place] if stopped else whole)
+            assert rollout.token_ids == undisturbed[place].token_ids[:count]
+        if len(had) < 80 and any(0 < n < len(undisturbed[place].token_ids) for place, n in had.items()):
+            (other,) = joined(goes_on.pieces).values()
+            assert len(other.token_ids) == 200
+            assert other.finish_reason == pb.FINISH_REASON_LENGTH
+            return
+    pytest.fail("the rollouts were never stopped in the middle")
+
+
+def test_prompts_have_seeds_of_their_own(exact: Service) -> None:
+    """What a seed of the request gives, asked for again in parts."""
+    whole = generate(exact, ids([5], 4), ids([6], 3), sampling={"seed": 40} | LONG)
+    parts = [ids([6], 2), ids([5]), ids([5], 2)]
+    for prompt, seed in zip(parts, (45, 40, 42), strict=True):
+        prompt.seed = seed
+    again = generate(exact, *parts, sampling={"seed": 7} | LONG)
+    same = {(0, 0): (1, 1), (0, 1): (1, 2), (1, 0): (0, 0), (2, 0): (0, 2), (2, 1): (0, 3)}
+    assert {place: list(again[place].token_ids) for place in same} == {
+        place: list(whole[origin].token_ids) for place, origin in same.items()
+    }
 
 
 def test_no_score_is_of_two_versions(exact: Service) -> None:

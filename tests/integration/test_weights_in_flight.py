@@ -16,6 +16,7 @@ from tandem.engine.v1 import engine_pb2
 from tandem.errors import Aborted, Reason, Unavailable
 from tests.faults import oracle, raw
 from tests.faults.oracle import MEAN_NOISE, NOISE, OTHER, Rollouts
+from tests.integration import calls
 from tests.services import Service
 
 KEEP, WAIT, ABORT = engine_pb2.PAUSE_MODE_KEEP, engine_pb2.PAUSE_MODE_WAIT, engine_pb2.PAUSE_MODE_ABORT
@@ -131,6 +132,50 @@ def test_kept_rollouts_go_on_with_the_new_version(
     rollouts.assert_sampled_by({version: old, version + 1: new})
     tokens = oracle.PROMPTS[0] + rollouts.tokens[0]
     assert oracle.difference([oracle.logprobs(old, tokens)], [oracle.logprobs(new, tokens)]) > OTHER
+
+
+@torch.no_grad()
+def logprobs_over(
+    model: nn.Module, ids: list[int], cached: int = 0, by: nn.Module | None = None
+) -> torch.Tensor:
+    """Of each token after the first `cached` + 1, where `by` computed keys and values of the first `cached`."""
+    past = None if by is None else by(torch.tensor([ids[:cached]]), use_cache=True).past_key_values
+    logits = model(torch.tensor([ids[cached:]]), past_key_values=past).logits[0].float()
+    return logits.log_softmax(-1)[:-1].gather(1, torch.tensor(ids[cached + 1 :])[:, None])[:, 0]
+
+
+def test_no_token_is_computed_from_what_another_version_cached(
+    exact: Service, checkpoints: dict[str, Path]
+) -> None:
+    """In float32, where an old key or value shows. What goes on, and what comes after it with the same prefix."""
+    old, new = (oracle.model_of(checkpoints["llama"], torch.float32) for _ in range(2))
+    oracle.perturb(new, 21)
+    session, tensors = open_session(exact, new, raw.STREAM)
+    try:
+        with session:
+            version = session.version
+            rollouts = running(exact)
+            update_midway(exact, session, rollouts, tensors)
+            rollouts.join()
+        for i, prompt in enumerate(oracle.PROMPTS):
+            counts = rollouts.by_version(i)
+            assert set(counts) == {version, version + 1}, "the update did not come in the middle"
+            ids, first = prompt + rollouts.tokens[i], len(prompt) + counts[version]
+            expected = logprobs_over(new, ids)[first - 1 :]
+            here = torch.tensor(rollouts.logprobs[i][counts[version] :])
+            assert (here - expected).abs().max() < 2e-3
+            stale = logprobs_over(new, ids, first - 1, old)
+            assert (stale - expected).abs().max() > 0.1, "what the old version cached would not be seen here"
+            asked = calls.request(calls.ids(ids[:-40]), sampling={"temperature": 0, "max_tokens": 40})
+            (after,) = calls.Reading(exact, asked).end()
+            assert after.num_cached_prompt_tokens > first, "it shares what the rollout computed anew"
+            tokens = ids[:-40] + list(after.token_ids)
+            expected = logprobs_over(new, tokens)[len(ids) - 41 :]
+            assert (torch.tensor(after.logprobs) - expected).abs().max() < 2e-3
+    finally:
+        for pid in exact.children():
+            os.kill(pid, signal.SIGCONT)
+        raw.restore(exact.weights)
 
 
 def test_several_updates_within_one_rollout(

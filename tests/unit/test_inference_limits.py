@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from inference_service.admission import Room
-from inference_service.rollouts import Request, Rollouts
+from inference_service.rollouts import Piece, Request, Rollouts
 from inference_service.servicers import images, prompts
 from inference_service.servicers.images import decoded
 from inference_service.servicers.inference import _FINISH, InferenceServicer
@@ -33,7 +33,7 @@ class Held:
         self.made += len(requests)
         completion = SimpleNamespace(token_ids=[5], logprobs=None, finish_reason="stop", stop_reason=None)
         output = SimpleNamespace(outputs=[completion], finished=True, num_cached_tokens=0)
-        pieces = [SimpleNamespace(index=r.index, output=output, spans=[(1, 1)], first=True) for r in requests]
+        pieces = [Piece(index=r.index, output=output, spans=[(1, 1)], first=True) for r in requests]
         yield pieces[:1]
         await self.free.wait()
         yield pieces[1:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,11 @@ class Engine:
 
     def __init__(self) -> None:
         self.tokens: dict[str, int | None] = {}
+        self.aborted: list[str] = []
+        self.llm = SimpleNamespace(abort=self._abort)
+
+    async def _abort(self, request_ids: list[str]) -> None:
+        self.aborted += request_ids
 
     def tokens_so_far(self, request_id: str) -> int | None:
         return self.tokens.get(request_id)
@@ -70,6 +76,25 @@ def test_a_request_on_its_way_into_the_engine_is_of_the_version_it_will_start_wi
     track = rollouts._running["r"] = Track(marks=[(0, 4)])
     rollouts.advance(5)
     assert track.spans(0, 7) == [(5, 7)]
+
+
+async def test_what_is_to_be_of_one_version_ends_at_a_commit_with_what_it_has() -> None:
+    engine: Any = Engine()
+    rollouts = Rollouts(engine, 4)
+    tracks = {
+        name: Track(added=True, one_version=name != "goes on", marks=[(0, 4)])
+        for name in ("under way", "goes on", "has ended", "has no token")
+    }
+    rollouts._running |= tracks
+    engine.tokens = {"under way": 3, "goes on": 3, "has ended": None, "has no token": 0}
+    rollouts.advance(5)
+    assert {name for name, track in tracks.items() if track.stopped} == {"under way"}
+    await asyncio.sleep(0)
+    assert engine.aborted == ["under way"], "before anything else has its turn"
+    assert tracks["under way"].spans(0, 3) == [(4, 3)]
+    assert tracks["goes on"].spans(0, 5) == [(4, 3), (5, 2)]
+    assert tracks["has ended"].spans(0, 7) == [(4, 7)]
+    assert tracks["has no token"].spans(0, 2) == [(5, 2)]
 
 
 def test_no_tokens_have_no_spans() -> None:
