@@ -6,6 +6,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
 from tandem import rpc
 from tandem.engine.v1 import engine_pb2
 from tandem.engine.v1.engine_pb2 import ServingState
@@ -15,6 +18,7 @@ from tandem.inference.v1 import inference_pb2 as pb
 from tandem.inference.v1.inference_pb2_grpc import InferenceServiceStub
 from tandem.rpc import options
 from tandem.weights.v1.weights_pb2_grpc import WeightServiceStub
+from trainer_service.batches import Sampling, Wanted, complete
 from trainer_service.sampling import sampling_params
 
 READY = (ServingState.SERVING_STATE_SERVING, ServingState.SERVING_STATE_PAUSED)
@@ -23,11 +27,15 @@ WRITABLE = (*READY, ServingState.SERVING_STATE_ASLEEP, ServingState.SERVING_STAT
 
 
 class Group(NamedTuple):
-    """One prompt: token ids, how many rollouts to sample, and encoded images in the order of their places."""
+    """One prompt: token ids, how many rollouts to sample, and encoded images in the order of their places.
+
+    seed: of the first rollout; each next one's is one more. None leaves it to the sampling parameters.
+    """
 
     token_ids: Sequence[int]
     n: int = 1
     images: Sequence[bytes] = ()
+    seed: int | None = None
 
 
 class InferenceClient:
@@ -60,6 +68,7 @@ class InferenceClient:
         self._channel = rpc.connect(address, token=token, **channel)
         self._inference = InferenceServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._engine = EngineServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._health = health_pb2_grpc.HealthStub(self._channel)
         #: The weight plane's calls, for `trainer_service.session`.
         self.weights = WeightServiceStub(self._channel)  # type: ignore[no-untyped-call]
 
@@ -106,20 +115,16 @@ class InferenceClient:
         batch: Sequence[Group | tuple[Sequence[int], int]],
         sampling: pb.SamplingParams | Mapping[str, Any] | None = None,
         *,
-        logprobs: bool = True,
-        text: bool = False,
-        lora: str = "",
         timeout_s: float = 3600.0,
+        **wanted: Any,
     ) -> list[list[pb.Rollout]]:
         """Sample rollouts.
 
         Args:
             batch: prompts; a plain (token_ids, n) pair will do.
             sampling: how, as the message or under vLLM's names.
-            logprobs: whether each token's logprob is sent.
-            text: whether the text is sent too.
-            lora: a loaded adapter to sample with.
             timeout_s: deadline in seconds of the whole batch.
+            wanted: fields of `Wanted`.
 
         Returns:
             For each prompt in order its `n` whole rollouts, in order.
@@ -129,30 +134,32 @@ class InferenceClient:
             TandemError: what the service says; the rest of the batch is cancelled.
         """
         groups = [Group(*group) for group in batch]
-        params = sampling if isinstance(sampling, pb.SamplingParams) else sampling_params(sampling or {})
-        prompts = [pb.Prompt(token_ids=pb.TokenIds(ids=g.token_ids), images=g.images, n=g.n) for g in groups]
         done: list[list[pb.Rollout | None]] = [[None] * g.n for g in groups]
-        requests, before = [], 0
+        for group, k, rollout in self.sample(groups, sampling, Wanted(**wanted), timeout_s):
+            done[group][k] = rollout
+        return complete(done)
+
+    def sample(
+        self,
+        groups: Sequence[Group],
+        sampling: pb.SamplingParams | Mapping[str, Any] | None,
+        wanted: Wanted,
+        timeout_s: float,
+    ) -> Sampling:
+        """Begin what `generate` does, and return what gives the rollouts."""
+        params = sampling if isinstance(sampling, pb.SamplingParams) else sampling_params(sampling or {})
+        prompts = [
+            pb.Prompt(token_ids=pb.TokenIds(ids=g.token_ids), images=g.images, n=g.n, seed=g.seed)
+            for g in groups
+        ]
+        calls, before = [], 0
         for part in _parts(prompts, self._max_request_bytes):
-            request = pb.GenerateRequest(
-                prompts=prompts[part.start : part.stop],
-                sampling=params,
-                output_mode=pb.OUTPUT_MODE_FINISHED,
-                include_text=text,
-                no_logprobs=not logprobs,
-                lora=lora,
-            )
+            request = wanted.request(prompts[part.start : part.stop], params)
             if params.HasField("seed"):  # as if the batch had been one request
                 request.sampling.seed = params.seed + before
             before += sum(g.n for g in groups[part.start : part.stop])
-            requests.append((part.start, request))
-        for start, response in self._stream(self._inference.Generate, requests, timeout_s):
-            for rollout in response.rollouts:
-                done[start + rollout.prompt_index][rollout.rollout_index] = rollout
-        missing = sum(group.count(None) for group in done)
-        if missing:
-            raise Internal(Reason.BUG, f"The service ended the stream with {missing} rollouts missing.")
-        return [[rollout for rollout in group if rollout is not None] for group in done]
+            calls.append((part.start, self._inference.Generate(request, timeout=timeout_s)))
+        return Sampling(calls)
 
     def score(
         self,
@@ -205,6 +212,19 @@ class InferenceClient:
         """Have the engine rebuild what `sleep` freed. Nothing happens where it is awake."""
         with rpc.translated():
             self._engine.WakeUp(engine_pb2.WakeUpRequest(), timeout=timeout_s or self._timeout_s)
+
+    def reset_prefix_cache(self, timeout_s: float | None = None) -> None:
+        """Have the engine forget the prefixes that it has cached."""
+        with rpc.translated():
+            self._engine.ResetPrefixCache(
+                engine_pb2.ResetPrefixCacheRequest(), timeout=timeout_s or self._timeout_s
+            )
+
+    def check_health(self, timeout_s: float) -> grpc.Future[Any]:
+        """Ask whether it serves, without waiting: what the future has is a HealthCheckResponse."""
+        request = health_pb2.HealthCheckRequest(service="tandem.inference.v1.InferenceService")
+        future: grpc.Future[Any] = self._health.Check.future(request, timeout=timeout_s)
+        return future
 
     def close(self) -> None:
         """Close the channel. Calls that run are cancelled."""
