@@ -5,7 +5,7 @@ Imports nothing heavy: settings are checked before vLLM is loaded.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 from pydantic_settings import SettingsConfigDict
@@ -60,6 +60,12 @@ class InferenceSettings(ServiceSettings):
     )
     lease_timeout_s: float = Field(
         2.0, ge=0.2, le=60, description="A trainer silent for this long in an open update has lost it."
+    )
+    update_mode: Literal["auto", "staged", "in_place"] = Field(
+        "auto",
+        description="Where updates go whose trainer does not say: staged beside the live weights, which takes as much "
+        "memory as they do, or in_place, for which the engine stands still. auto: staged if they come by stream and "
+        "the host has that memory free.",
     )
     trainer_uids: list[int] = Field(
         default_factory=list,

@@ -14,7 +14,6 @@ served. docs/weight-plane.md has every move.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Coroutine
 from enum import StrEnum
 from typing import Any, Protocol, TypeVar
@@ -24,14 +23,13 @@ import structlog
 from inference_service.arenas import EngineArenas
 from inference_service.engine import Engine, PauseMode
 from inference_service.rollouts import Rollouts
-from inference_service.staging import Staging
-from inference_service.trained import TrainedAdapter
-from tandem.errors import Aborted, DataLoss, FailedPrecondition, Reason, TandemError, Unavailable, invalid
+from inference_service.transports import CHECKPOINT, Way
+from inference_service.update import Update
+from tandem.errors import Aborted, FailedPrecondition, Reason, Unavailable, invalid
 
 log = structlog.get_logger(__name__)
 
 FIRST_VERSION = 1
-_UPDATE = "update"  # who holds generation
 _MAX_REASON = 500
 
 T = TypeVar("T")
@@ -97,32 +95,30 @@ class Policy:
     async def begin(
         self,
         base_version: int,
+        way: Way,
         *,
-        in_place: bool,
         in_flight: PauseMode = "keep",
         writer: Writer | None = None,
         new_version: int | None = None,
-        adapter: TrainedAdapter | None = None,
     ) -> Update:
         """Take the write lease for one update.
 
         Args:
             base_version: the committed version that the new one builds on.
+            way: how its bytes come.
             new_version: its number, above the base's; base plus one if None.
-            in_place: whether the trainer writes the engine's memory, the engine being idle until the end.
             in_flight: what becomes of running rollouts when generation stops.
             writer: who writes in place, if it is another process. One that lost its lease cannot be kept from
                 writing on: as long as it lives nobody else gets the lease, so that nothing is served which it
                 may spoil.
-            adapter: what a staged update carries in place of the policy, if it does.
 
         An update carries every tensor (a staged one is checked for it, an in-place one by its digest, unless
         all the trainer's parameters are the engine's memory), so that each commit heals a torn engine. An adapter's
-        does not, and is refused there.
+        or a partial one does not, and is refused there.
 
         Raises:
             InvalidArgument: `new_version`. Aborted: LEASE_HELD. FailedPrecondition: BASE_VERSION_MISMATCH.
-            Unavailable: ENGINE_DEAD, and ENGINE_TORN for an adapter.
+            Unavailable: ENGINE_DEAD, and ENGINE_TORN for an update that does not heal.
         """
         if self._update is not None:
             raise Aborted(Reason.LEASE_HELD, "another update is under way")
@@ -137,16 +133,16 @@ class Policy:
                 f"the update builds on version {base_version}, but version {self.version} is committed",
                 metadata={"base_version": str(base_version), "weight_version": str(self.version)},
             )
-        if adapter is not None:
-            adapter.check()
+        if way.adapter is not None:
+            way.adapter.check()
+        if way.partial and self._torn:
+            raise self.torn_error()
         number = base_version + 1 if new_version is None else new_version
         if not base_version < number < 2**63:
             raise invalid("begin.new_version", f"must be above the base version {base_version}, got {number}")
         self.require_life()
-        update = self._update = Update(
-            self, number, in_place=in_place, in_flight=in_flight, writer=writer, adapter=adapter
-        )
-        if in_place:
+        update = self._update = Update(self, number, way, in_flight=in_flight, writer=writer)
+        if way.in_place:
             try:
                 await update.stop_generation()
             except BaseException:
@@ -165,8 +161,8 @@ class Policy:
             What `begin` and `Update.commit` raise.
         """
         self._require_arenas()
-        update = await self.begin(self.version, in_place=True)
-        return await update.commit(load="tandem_restore")
+        update = await self.begin(self.version, Way(CHECKPOINT, in_place=True))
+        return await update.commit()
 
     def torn_error(self) -> Unavailable:
         """What a caller is told while the weights are torn."""
@@ -213,7 +209,17 @@ class Policy:
         task.add_done_callback(self._ending.discard)
         return await asyncio.shield(task)
 
-    async def _tear(self, reason: str, stray: Writer | None) -> None:
+    def healed(self) -> None:
+        """A whole version is there now."""
+        self._torn, self._stray = "", None
+
+    def over(self) -> None:
+        """The update has ended, whichever way: the lease is free."""
+        self._update = None
+        self.tell()
+
+    async def tear(self, reason: str, stray: Writer | None) -> None:
+        """The weights are of no version: `reason` says why. `stray` may still be writing them."""
         self._torn = " ".join(reason.split())[:_MAX_REASON] or "an in-place update broke off"
         self._stray = stray
         if not self.engine.dead:
@@ -221,170 +227,3 @@ class Policy:
                 await self.rollouts.fail(self.torn_error())
             except Exception:  # whatever happens to them, the lease must come back
                 log.exception("rollouts could not be ended")
-
-
-class Update:
-    """The write lease of one update. Ends with `commit`, `abort` or `lose`, one of them, once.
-
-    Each runs to its end even if the caller is cancelled: from there on the outcome is the service's.
-    """
-
-    def __init__(
-        self,
-        policy: Policy,
-        number: int,
-        *,
-        in_place: bool,
-        in_flight: PauseMode,
-        writer: Writer | None = None,
-        adapter: TrainedAdapter | None = None,
-    ) -> None:
-        self.in_place = in_place
-        self.writing = False  # the engine's memory is written now, or may be
-        self._policy = policy
-        self._number = number
-        self._in_flight = in_flight
-        self._writer = writer
-        self._ended = False
-        self._stopped_at: float | None = None
-        self._adapter = adapter
-        carried = policy.manifest if adapter is None else adapter.manifest
-        self._staging = None if in_place else Staging(carried)
-
-    async def stop_generation(self) -> None:
-        """Have the engine idle."""
-        self._stopped_at = time.perf_counter()
-        # A torn engine was stopped when it tore. Stopping it anew, and failing to, would start it.
-        if not self._policy.torn:
-            await self._policy.engine.pause(_UPDATE, self._in_flight, clear_cache=True)
-        await self._policy.arenas.settle()
-
-    def start_writing(self) -> None:
-        """From here on a failure leaves a mix."""
-        self.writing = True
-        self._policy.writes += self._adapter is None
-        self._policy.tell()
-
-    def chunk(self, tensor: int, offset: int, data: bytes) -> None:
-        """Stage a piece of a tensor.
-
-        Raises:
-            FailedPrecondition: UPDATE_ORDER, out of order or in an in-place update.
-            InvalidArgument: no such tensor, or past its end.
-        """
-        if self._staging is None:
-            raise FailedPrecondition(Reason.UPDATE_ORDER, "chunks belong to the stream transport")
-        self._staging.add(tensor, offset, data)
-
-    async def commit(self, digest: int | None = None, *, load: str = "") -> int:
-        """Make what was written the next version, and let generation go on. Returns the version.
-
-        Args:
-            digest: of the whole policy, as the trainer has it. None where no byte was moved.
-            load: a method of the workers that brings the bytes, if nobody else did.
-
-        Raises:
-            DataLoss: DIGEST_MISMATCH. Staged, the old version serves on; in place, the engine is torn.
-            FailedPrecondition: UPDATE_ORDER, tensors are missing from a staged update.
-            Unavailable: ENGINE_DEAD.
-        """
-        return await self._end_by(self._commit(digest, load))
-
-    async def abort(self, *, untouched: bool, reason: str) -> None:
-        """Give up: the trainer writes no more. In place, only an untouched engine serves on.
-
-        Raises:
-            Unavailable: ENGINE_TORN, the engine was written to, or was torn before.
-        """
-        await self._end_by(self._abort(untouched, reason))
-
-    async def lose(self, reason: str) -> None:
-        """The trainer is gone, or broke the rules. It may still be writing."""
-        await self._end_by(self._lose(reason))
-
-    async def _end_by(self, way: Coroutine[Any, Any, T]) -> T:
-        if self._ended:
-            way.close()
-            raise RuntimeError("an update ends once")
-        self._ended = True
-        return await self._policy.to_its_end(way)
-
-    async def _commit(self, digest: int | None, load: str) -> int:
-        policy = self._policy
-        try:
-            await self._bring(digest, load)
-            policy.require_life()
-            policy.rollouts.advance(self._number)
-        except BaseException as error:
-            known = isinstance(error, TandemError)
-            log.warning("commit failed", weight_version=policy.version, exc_info=None if known else error)
-            await self._fail(
-                error.message if isinstance(error, TandemError) else f"{type(error).__name__} at commit"
-            )
-            raise
-        policy.committed += 1
-        policy._torn, policy._stray = "", None
-        await self.end()
-        return policy.version
-
-    async def _bring(self, digest: int | None, load: str) -> None:
-        """Have the new version in the engine's memory, as the trainer has it."""
-        policy, arenas = self._policy, self._policy.arenas
-        if self._staging is not None:
-            self._staging.complete()
-            found = await asyncio.to_thread(self._staging.digest)
-            self._compare(digest, found)
-            if self._adapter is not None:
-                await self._adapter.bring(self, self._staging, found)
-                return
-            await self.stop_generation()
-            self.start_writing()
-            await arenas.write_staged(self._staging)
-        elif digest is not None:
-            self._compare(digest, await arenas.find_digest())
-        if load or arenas.reloads:
-            await policy.engine.call_workers(load or "tandem_reload")
-
-    def _compare(self, told: int | None, found: int) -> None:
-        if told is None:
-            raise invalid("commit.digest", "required, since bytes moved")
-        if told != found:
-            raise DataLoss(
-                Reason.DIGEST_MISMATCH,
-                f"the trainer's weights have digest {told:016x}, those received {found:016x}",
-                metadata={"trainer": f"{told:016x}", "engine": f"{found:016x}"},
-            )
-
-    async def _abort(self, untouched: bool, reason: str) -> None:
-        self.writing = self.writing and not untouched
-        await self._fail(reason or "the trainer aborted its update")
-        if self._policy.torn:
-            raise self._policy.torn_error()
-
-    async def _lose(self, reason: str) -> None:
-        log.warning("update lost", in_place=self.in_place, reason=reason, weight_version=self._policy.version)
-        await self._fail(reason, self._writer)
-
-    async def _fail(self, reason: str, stray: Writer | None = None) -> None:
-        self._policy.failed += 1
-        try:
-            if self.writing:
-                await self._policy._tear(reason, stray)
-        finally:
-            await self.end()
-
-    async def end(self) -> None:
-        """Give the lease back, and let generation go on unless the weights are torn."""
-        policy = self._policy
-        if self._staging is not None:
-            self._staging.release()
-            self._staging = None
-        try:
-            # A pause that was given up holds nothing, and the lease must not wait for its turn with the engine.
-            if policy.engine.held_by(_UPDATE) and not policy.torn:
-                await policy.engine.resume(_UPDATE)
-        finally:
-            if self._stopped_at is not None:
-                policy.last_stopped = time.perf_counter() - self._stopped_at
-            policy._update = None
-            policy.tell()

@@ -13,6 +13,7 @@ from inference_service.collect import collect
 from inference_service.config import InferenceSettings
 from inference_service.engine import Engine
 from inference_service.host import Host, ServingState
+from inference_service.modes import Modes
 from inference_service.policy import Policy
 from inference_service.servicers.engine import EngineServicer
 from inference_service.servicers.inference import InferenceServicer
@@ -92,7 +93,7 @@ async def _load(settings: InferenceSettings, host: Host, serving: Serving) -> as
     try:
         arenas = await collect(engine)
         policy = Policy(engine, arenas)
-        sessions = Sessions(arenas, uids=settings.trainer_uids)
+        sessions = Sessions(arenas, settings.trainer_uids, Modes(arenas, settings.update_mode))
         await sessions.start()
     except Exception:
         await _stop(engine)  # nobody else knows of it yet

@@ -20,16 +20,19 @@ from typing import Any
 
 import structlog
 
-from inference_service.arenas import EngineArenas
+from inference_service.arenas import EngineArenas, Handle, HostArenas
+from inference_service.modes import Modes
+from inference_service.staging import MappedStaging
 from inference_service.trained import TrainedAdapter
-from tandem.errors import Aborted, FailedPrecondition, InvalidArgument, NotFound, Reason, Violation
+from inference_service.transports import SHARED, STREAM, Way
+from tandem.errors import Aborted, FailedPrecondition, InvalidArgument, NotFound, Reason, Violation, invalid
 from weight_transfer import descriptors
 from weight_transfer.identity import ProcessIdentity
 from weight_transfer.manifest import TensorSpec, mismatches
+from weight_transfer.placement import Placement
 
 log = structlog.get_logger(__name__)
 
-SHARED, STREAM = "shared", "stream"
 ATTACH_SECONDS = 4.0  # less than trainers wait for a session that another may have left behind
 TOKEN_SECONDS = 5.0
 MAX_STREAM_SESSIONS = 64
@@ -44,6 +47,8 @@ class Session:
     transport: str
     reason: str  # why not a faster transport
     tensors: tuple[TensorSpec, ...]
+    mode: str = ""  # of its updates: staged, in_place, or as each begin chooses
+    stage: MappedStaging | None = None  # what the trainer maps, where it is not the engine's memory
     adapter: TrainedAdapter | None = None  # what its updates carry, if not the policy
     token: bytes = b""
     aliased: bool = False  # every parameter of the trainer may be the engine's memory
@@ -75,8 +80,9 @@ class Sessions:
     service that runs as root only.
     """
 
-    def __init__(self, arenas: EngineArenas, uids: Sequence[int] = ()) -> None:
+    def __init__(self, arenas: EngineArenas, uids: Sequence[int] = (), modes: Modes | None = None) -> None:
         self._arenas = arenas
+        self._modes = modes or Modes(arenas)
         self._identity = ProcessIdentity.current(arenas.gpus)
         self._uids = {os.geteuid(), *uids}
         self._streams: OrderedDict[str, Session] = OrderedDict()
@@ -138,6 +144,7 @@ class Sessions:
         identity: ProcessIdentity,
         transport: str = "",
         adapter: TrainedAdapter | None = None,
+        mode: str = "",
     ) -> Session:
         """Introduce a trainer that has `tensors`.
 
@@ -146,6 +153,7 @@ class Sessions:
             identity: where the trainer lives.
             transport: the one to use, or "" to have the fastest possible one chosen.
             adapter: what its updates shall carry in place of the policy, by stream alone.
+            mode: staged or in_place, or "" to have the service choose.
 
         Raises:
             FailedPrecondition: TRANSPORT_UNAVAILABLE, saying why. And what `check` raises.
@@ -159,14 +167,18 @@ class Sessions:
         if self._shared is not None:
             raise Aborted(Reason.LEASE_HELD, "another trainer shares the engine's memory")
         chosen = transport or (STREAM if why_not else SHARED)
+        mode = self._modes.for_session(chosen, mode, adapter=adapter is not None)
         where = {p.spec.name: p for p in self._arenas.placements}
+        shares = chosen == SHARED and mode == "in_place"
         session = Session(
             id=uuid.uuid4().hex,
             transport=chosen,
             reason=why_not if chosen == STREAM and not transport else "",
             tensors=tuple(tensors),
+            mode=mode,
+            stage=MappedStaging(self._arenas.manifest) if chosen == SHARED and not shares else None,
             adapter=adapter,
-            aliased=chosen == SHARED and not any(where[t.name].alias_reason(t.dtype) for t in tensors),
+            aliased=shares and not any(where[t.name].alias_reason(t.dtype) for t in tensors),
         )
         if chosen == SHARED:
             session.token = secrets.token_bytes(descriptors.TOKEN_BYTES)
@@ -192,6 +204,39 @@ class Sessions:
             return self._streams[session_id]
         raise NotFound(
             Reason.SESSION_NOT_FOUND, "no such session; open one anew", metadata={"session_id": session_id}
+        )
+
+    def handles(self, session: Session) -> list[Handle]:
+        """The memory that a shared session's trainer maps."""
+        if session.stage is None:
+            return self._arenas.handles
+        return [Handle(session.stage.arena.fd, session.stage.arena.size)]
+
+    def placements(self, session: Session) -> dict[str, Placement]:
+        """Where in that memory it writes each tensor, by name."""
+        found = self._arenas.placements if session.stage is None else session.stage.placements
+        return {placement.spec.name: placement for placement in found}
+
+    def takes_changes(self, session: Session) -> bool:
+        """Whether a session's updates may be partial."""
+        return (
+            session.transport == STREAM and session.adapter is None and isinstance(self._arenas, HostArenas)
+        )
+
+    def way(self, session: Session, *, partial: bool = False) -> Way:
+        """How the bytes of a session's update come that begins now.
+
+        Raises:
+            InvalidArgument: `begin.partial`, this session's updates are whole.
+        """
+        if partial and not self.takes_changes(session):
+            raise invalid("begin.partial", f"the session's updates are whole: it goes by {session.transport}")
+        return Way(
+            session.transport,
+            in_place=self._modes.in_place(session.mode),
+            partial=partial,
+            adapter=session.adapter,
+            stage=session.stage,
         )
 
     async def _accept(self, listener: socket.socket) -> None:
@@ -232,7 +277,7 @@ class Sessions:
             reason = "the service stopped"
             try:
                 with contextlib.suppress(OSError):
-                    descriptors.send(connection, [handle.fd for handle in self._arenas.handles])
+                    descriptors.send(connection, [handle.fd for handle in self.handles(session)])
                     await _departure(connection, pid)
                 reason = f"the trainer (process {pid}) closed its session or died"
             finally:

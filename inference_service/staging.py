@@ -1,13 +1,17 @@
-"""Where a streamed update's bytes wait, beside the live weights, until they are all there."""
+"""Where a staged update's bytes wait, beside the live weights, until they are all there."""
 
 from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
 
 import torch
 
 from tandem.errors import FailedPrecondition, Reason, Violation, invalid
 from weight_transfer.arena import Arena
 from weight_transfer.digest import combine, digest_tensors
-from weight_transfer.manifest import Manifest
+from weight_transfer.manifest import Manifest, TensorSpec
+from weight_transfer.placement import Block, Placement, contiguous_strides
 
 
 class Staging:
@@ -23,18 +27,10 @@ class Staging:
 
     def add(self, tensor: int, offset: int, data: bytes) -> None:
         """Take a piece of a tensor. Those of one tensor come in order, without gaps; tensors in any order."""
-        if tensor >= len(self._manifest):
-            raise invalid("chunk.tensor", f"the manifest has {len(self._manifest)} tensors, not {tensor + 1}")
-        spec, have = self._manifest.tensors[tensor], self._received[tensor]
-        if offset != have:
-            raise FailedPrecondition(
-                Reason.UPDATE_ORDER, f"{spec.name}: chunk at byte {offset}, but byte {have} is next"
-            )
-        if offset + len(data) > spec.nbytes:
-            raise invalid("chunk.data", f"{spec.name} has {spec.nbytes} bytes, not {offset + len(data)}")
+        next_piece(self._manifest, self._received, tensor, offset, len(data))
         start = self._offsets[tensor] + offset
         self._bytes[start : start + len(data)] = data
-        self._received[tensor] = have + len(data)
+        self._received[tensor] = offset + len(data)
 
     def complete(self) -> list[torch.Tensor]:
         """The tensors, in the manifest's order.
@@ -42,15 +38,7 @@ class Staging:
         Raises:
             FailedPrecondition: UPDATE_ORDER, naming every tensor of which bytes are missing.
         """
-        missing = [
-            Violation(spec.name, f"{have} of {spec.nbytes} bytes arrived")
-            for spec, have in zip(self._manifest, self._received, strict=True)
-            if have != spec.nbytes
-        ]
-        if missing:
-            raise FailedPrecondition(
-                Reason.UPDATE_ORDER, f"{len(missing)} tensors are incomplete", violations=missing
-            )
+        require_all(self._manifest, self._received)
         return self._tensors()
 
     def digest(self) -> int:
@@ -64,6 +52,65 @@ class Staging:
 
     def _tensors(self) -> list[torch.Tensor]:
         return tensors_in(self.arena, self._manifest)
+
+
+class MappedStaging(Staging):
+    """One that a trainer on this host has mapped too, and writes by itself, in any order, update after update."""
+
+    @property
+    def placements(self) -> list[Placement]:
+        """Where it writes each tensor of the manifest: arena 0."""
+        return [
+            Placement(spec, (Block(0, offset, strides, 0, strides, spec.shape),))
+            for offset, spec in zip(self._offsets, self._manifest, strict=False)
+            for strides in [contiguous_strides(spec.shape)]
+        ]
+
+    def complete(self) -> list[torch.Tensor]:
+        """The tensors, whatever was written: the digest tells."""
+        return self._tensors()
+
+    def release(self) -> None:
+        """Give the pages back, though both have them mapped. They come again with the next update."""
+        with mmap.mmap(self.arena.fd, self.arena.size) as pages:
+            pages.madvise(mmap.MADV_REMOVE)
+
+
+def next_piece(
+    manifest: Manifest, received: Sequence[int], tensor: int, offset: int, length: int
+) -> TensorSpec:
+    """The tensor of which a piece came, where it is the next of those of which `received` bytes came.
+
+    Raises:
+        InvalidArgument: no such tensor, or past its end. FailedPrecondition: UPDATE_ORDER.
+    """
+    if tensor >= len(manifest):
+        raise invalid("chunk.tensor", f"the manifest has {len(manifest)} tensors, not {tensor + 1}")
+    spec, have = manifest.tensors[tensor], received[tensor]
+    if offset != have:
+        raise FailedPrecondition(
+            Reason.UPDATE_ORDER, f"{spec.name}: chunk at byte {offset}, but byte {have} is next"
+        )
+    if offset + length > spec.nbytes:
+        raise invalid("chunk.data", f"{spec.name} has {spec.nbytes} bytes, not {offset + length}")
+    return spec
+
+
+def require_all(manifest: Manifest, received: Sequence[int], *, partial: bool = False) -> None:
+    """See that each tensor came whole; where the update is `partial`, whole or not at all.
+
+    Raises:
+        FailedPrecondition: UPDATE_ORDER, naming every tensor of which bytes are missing.
+    """
+    missing = [
+        Violation(spec.name, f"{have} of {spec.nbytes} bytes arrived")
+        for spec, have in zip(manifest, received, strict=True)
+        if have != spec.nbytes and (have or not partial)
+    ]
+    if missing:
+        raise FailedPrecondition(
+            Reason.UPDATE_ORDER, f"{len(missing)} tensors are incomplete", violations=missing
+        )
 
 
 def tensors_in(arena: Arena, manifest: Manifest) -> list[torch.Tensor]:

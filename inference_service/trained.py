@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+import structlog
+
 from inference_service import passing
 from inference_service.loras import why_not_adapted
 from inference_service.staging import Staging
@@ -13,7 +15,9 @@ from tandem.errors import FailedPrecondition, InvalidArgument, Reason, Violation
 from weight_transfer.manifest import CASTABLE, Manifest, TensorSpec
 
 if TYPE_CHECKING:
-    from inference_service.policy import Policy, Update
+    from inference_service.policy import Policy
+
+log = structlog.get_logger(__name__)
 
 PARTS = (".lora_A.weight", ".lora_B.weight")
 _MAX_NAME = 256
@@ -48,36 +52,39 @@ class TrainedAdapter:
                 metadata={"weight_version": str(self._policy.version)},
             )
 
-    async def bring(self, update: Update, staging: Staging, digest: int) -> None:
-        """Have every worker compute with what was staged, generation standing still for the exchange alone.
-
-        Where one of them cannot, all have what they had before; or, where that fails too, the update is left as one
-        that was writing, and nobody can ask for the adapter any more.
-        """
-        loras = self._engine.loras
-        adapter = loras.trained(self.name)
-        request = adapter.request
+    async def prepare(self, staging: Staging) -> None:
+        """Have every worker take what was staged, and change nothing yet: generation goes on."""
+        request = self._engine.loras.trained(self.name).request
         specs = [(spec.name, spec.dtype, list(spec.shape)) for spec in self.manifest]
         async with passing.offered([staging.arena.fd]) as path:
             await self._engine.call_workers(
                 "tandem_adapter_prepare", request.lora_int_id, path, staging.arena.size, specs
             )
-        await update.stop_generation()
-        update.start_writing()
-        try:
-            await self._engine.call_workers(
-                "tandem_adapter_swap", self.name, request.lora_int_id, request.lora_path
-            )
-        except BaseException:
-            try:
-                await self._engine.call_workers("tandem_adapter_revert")
-                update.writing = False
-            finally:
-                if update.writing:
-                    loras.drop(self.name)
-            raise
+
+    async def swap(self, digest: int) -> None:
+        """Have every worker compute with what it took, which has this digest. Generation stands still."""
+        loras = self._engine.loras
+        adapter = loras.trained(self.name)
+        request = adapter.request
+        await self._engine.call_workers(
+            "tandem_adapter_swap", self.name, request.lora_int_id, request.lora_path
+        )
         adapter.digest = digest
         loras.put(self.name, adapter)
+
+    async def revert(self) -> bool:
+        """Have all workers compute with what they had before `swap`, which failed in one of them.
+
+        Returns:
+            Whether they do. Else nobody can ask for the adapter any more.
+        """
+        try:
+            await self._engine.call_workers("tandem_adapter_revert")
+        except Exception:
+            log.exception("an adapter's exchange could not be undone", adapter=self.name)
+            self._engine.loras.drop(self.name)
+            return False
+        return True
 
 
 async def trained_adapter(

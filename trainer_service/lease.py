@@ -12,7 +12,7 @@ from tandem import rpc
 from tandem.errors import DeadlineExceeded, Internal, Reason, TandemError
 from tandem.weights.v1 import weights_pb2 as pb
 from tandem.weights.v1.weights_pb2_grpc import WeightServiceStub
-from weight_transfer.transports import Chunk
+from weight_transfer.transports import Chunk, Piece
 
 _HEARTBEAT = pb.UpdateWeightsRequest(heartbeat=pb.Heartbeat())
 
@@ -67,14 +67,28 @@ class Lease:
             self._end()
             raise
 
-    def send(self, chunk: Chunk) -> None:
-        """Put a chunk in the stream. Waits while the service is behind; raises if the update has ended."""
-        message = pb.TensorChunk(tensor=chunk.tensor, offset=chunk.offset, data=chunk.data)
-        self._put(pb.UpdateWeightsRequest(chunk=message))
+    def send(self, piece: Piece) -> None:
+        """Put a piece in the stream. Waits while the service is behind; raises if the update has ended."""
+        if isinstance(piece, Chunk):
+            chunk = pb.TensorChunk(tensor=piece.tensor, offset=piece.offset, data=piece.data)
+            self._put(pb.UpdateWeightsRequest(chunk=chunk))
+        else:
+            self._put(pb.UpdateWeightsRequest(sparse=pb.SparseChunk(**vars(piece))))
 
-    def commit(
-        self, digest: int | None, meanwhile: Callable[[], None] = lambda: None
-    ) -> tuple[int, float]:
+    def prepare(self, digest: int) -> None:
+        """Return once all is there and has this digest, so that `commit`, which needs none then, only installs it.
+
+        Raises:
+            TandemError: it is not, and the old version serves.
+        """
+        try:
+            self._put(pb.UpdateWeightsRequest(prepare=pb.PrepareUpdate(digest=digest)))
+            self._answer("prepared")
+        except BaseException:
+            self._end()
+            raise
+
+    def commit(self, digest: int | None, meanwhile: Callable[[], None] = lambda: None) -> tuple[int, float]:
         """Make what was moved the new version, and do something `meanwhile`.
 
         Returns:

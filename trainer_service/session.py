@@ -33,7 +33,14 @@ class Session:
     _adapter = ""
 
     def __init__(
-        self, client: InferenceClient, policy_of: PolicyOf, *, transport: str | None, timeout_s: float
+        self,
+        client: InferenceClient,
+        policy_of: PolicyOf,
+        *,
+        transport: str | None,
+        timeout_s: float,
+        mode: str = "",
+        sparse: bool = False,
     ) -> None:
         """Introduce the policy, and open the transport that is chosen.
 
@@ -42,6 +49,8 @@ class Session:
             policy_of: gives the policy's tensors, for the names that the engine's manifest has.
             transport: shared or stream, or None to let the service choose.
             timeout_s: deadline in seconds of each step.
+            mode: staged or in_place, or "" to let the service choose.
+            sparse: whether updates by stream shall carry what changed alone, where the service takes that.
 
         Raises:
             InvalidArgument: the policy is not the engine's model; each tensor at fault is named.
@@ -56,6 +65,7 @@ class Session:
         policy = policy_of(self.names)
         request = self._request(manifest, policy)
         request.transport = _transport_value(transport)
+        request.mode = _mode_value(mode)
         with rpc.translated():
             opened = client.weights.OpenSession(request, timeout=timeout_s)
         self.id = opened.session_id
@@ -65,7 +75,8 @@ class Session:
         chosen = pb.Transport.Name(opened.transport).removeprefix("TRANSPORT_").lower()
         try:
             carried = self._carried(manifest, opened)
-            self.transport = open_transport(_handshake(chosen, opened, carried, policy), timeout_s)
+            handshake = _handshake(chosen, opened, carried, policy, sparse=sparse)
+            self.transport = open_transport(handshake, timeout_s)
         except (ImportError, OSError, RuntimeError, ValueError) as error:
             message = f"The {chosen} transport could not be opened: {error}"
             raise FailedPrecondition(Reason.TRANSPORT_UNAVAILABLE, message) from error
@@ -96,7 +107,12 @@ class Session:
         """
         return Lease(
             self._client.weights,
-            pb.BeginUpdate(session_id=self.id, base_version=self.weight_version, new_version=number),
+            pb.BeginUpdate(
+                session_id=self.id,
+                base_version=self.weight_version,
+                new_version=number,
+                partial=self.transport.partial,
+            ),
             heartbeat_s=max(self.lease_timeout_s / 4, 0.05),
             timeout_s=timeout_s,
             answer_timeout_s=ANSWER_TIMEOUT_S,
@@ -139,6 +155,10 @@ def _transport_value(name: str | None) -> pb.Transport:
     return cast(pb.Transport, 0 if name is None else pb.Transport.Value(f"TRANSPORT_{name.upper()}"))
 
 
+def _mode_value(name: str) -> pb.UpdateMode:
+    return cast(pb.UpdateMode, pb.UpdateMode.Value(f"UPDATE_MODE_{name.upper()}") if name else 0)
+
+
 def manifest_of(message: pb.Manifest) -> Manifest:
     """The message as ours, checked against its digest."""
     manifest = Manifest(
@@ -153,7 +173,12 @@ def manifest_of(message: pb.Manifest) -> Manifest:
 
 
 def _handshake(
-    chosen: str, opened: pb.OpenSessionResponse, manifest: Manifest, policy: Sequence[SourceTensor]
+    chosen: str,
+    opened: pb.OpenSessionResponse,
+    manifest: Manifest,
+    policy: Sequence[SourceTensor],
+    *,
+    sparse: bool,
 ) -> Handshake:
     shared = opened.shared
     if chosen == "shared" and len(shared.placements) != len(policy):
@@ -170,6 +195,8 @@ def _handshake(
             Placement(manifest.tensors[manifest.positions[source.name]], tuple(map(_block, p.blocks)))
             for source, p in zip(policy, shared.placements, strict=False)
         ),
+        staged=opened.mode == pb.UPDATE_MODE_STAGED,
+        partial=sparse and opened.partial,
     )
 
 

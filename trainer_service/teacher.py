@@ -12,7 +12,7 @@ from tandem.errors import FailedPrecondition, Reason, TandemError, invalid
 from tandem.inference.v1 import inference_pb2 as pb
 from trainer_service.client import InferenceClient, is_gone
 from trainer_service.tokenizers import check_tokenizer
-from trainer_service.weights import ATTEMPTS
+from trainer_service.updates import ATTEMPTS
 
 _TRY_AGAIN = (Reason.QUEUE_FULL, Reason.BASE_VERSION_MISMATCH)
 

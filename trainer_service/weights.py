@@ -17,39 +17,23 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
 from torch import nn
 
 from tandem.engine.v1.engine_pb2 import ServingState
-from tandem.errors import Aborted, DeadlineExceeded, FailedPrecondition, Reason, TandemError
+from tandem.errors import FailedPrecondition, Reason, TandemError
 from trainer_service.adapter_session import AdapterSession
 from trainer_service.adapter_tensors import adapter_tensors
-from trainer_service.client import WRITABLE, InferenceClient, is_gone
+from trainer_service.client import WRITABLE, InferenceClient
 from trainer_service.lease import Lease
 from trainer_service.policy_tensors import policy_tensors
 from trainer_service.session import Session
 from trainer_service.steps import Steps
+from trainer_service.updates import ATTEMPTS, UpdateStats, patiently, retryable, taken
 from weight_transfer.transports import SourceTensor
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-#: How long a session or lease of a trainer that just died, perhaps ourselves, may still seem to be held.
-HELD_S = 5.0
-ATTEMPTS = 3
-
-
-@dataclass(frozen=True)
-class UpdateStats:
-    """One committed update: version, bytes moved, seconds spent on it here, seconds generation stopped."""
-
-    weight_version: int
-    nbytes: int
-    seconds: float
-    stopped: float
 
 
 class PolicyWeights:
@@ -64,6 +48,8 @@ class PolicyWeights:
         timeout_s: float = 240.0,
         led: Callable[[list[SourceTensor]], list[SourceTensor]] = list,
         adapter: str = "",
+        mode: str = "",
+        sparse: bool = False,
     ) -> None:
         """Prepare; nothing is called before `open` or the first `sync`.
 
@@ -75,6 +61,9 @@ class PolicyWeights:
             timeout_s: how many seconds to wait for an engine that went away to come back.
             led: goes around the tensors of a policy that other ranks must read too.
             adapter: what to call the model's LoRA adapter in the engine, if it is all that the engine is given.
+            mode: staged or in_place, or "" to let the service choose.
+            sparse: whether updates by stream carry what changed alone. For that the last commit is kept, in the
+                engine's dtypes, where the model is.
         """
         self.history: deque[UpdateStats] = deque(maxlen=1000)
         self.committed = 0  # updates, in all sessions
@@ -85,6 +74,8 @@ class PolicyWeights:
         self._timeout_s = timeout_s
         self._led = led
         self._adapter = adapter
+        self._mode = mode
+        self._sparse = sparse
         self._session: Session | None = None
         self._lease: Lease | None = None
         self._depth = 0
@@ -136,7 +127,7 @@ class PolicyWeights:
         """
         if self._session is not None:
             return
-        self._session = _patiently(self._open)
+        self._session = patiently(self._open)
         self._dirty = True
         # Parameters must not stay engine memory once nobody is left to take the lease for them.
         self._finalizer = weakref.finalize(self, self._session.transport.close)
@@ -149,11 +140,15 @@ class PolicyWeights:
         *others, last = self._transports
         for transport in others:
             try:
-                return Session(self._client, self._policy, transport=transport, timeout_s=30.0)
+                return self._introduced(transport)
             except FailedPrecondition as error:
                 if error.reason != Reason.TRANSPORT_UNAVAILABLE:
                     raise
-        return Session(self._client, self._policy, transport=last, timeout_s=30.0)
+        return self._introduced(last)
+
+    def _introduced(self, transport: str | None) -> Session:
+        how = {"transport": transport, "mode": self._mode, "sparse": self._sparse, "timeout_s": 30.0}
+        return Session(self._client, self._policy, **how)  # type: ignore[arg-type]
 
     def sync(self) -> None:
         """Have the engine hold the policy as it is now. Returns when that is committed.
@@ -237,7 +232,7 @@ class PolicyWeights:
                 self._outlive_engine()
                 return self._sync()
             if model.weight_version != session.weight_version:
-                raise _taken(session.weight_version, model.weight_version)
+                raise taken(session.weight_version, model.weight_version)
             if session.transport.disturbed():
                 self._refuse(self._begin())
             if session.transport.settled(policy) and model.state != ServingState.SERVING_STATE_TORN:
@@ -255,7 +250,9 @@ class PolicyWeights:
         if base < last and self._held is not None:  # a new life of the engine
             policy = self._policy(session.names)
             number = last if session.transport.digest(policy) == self._held else number
-        lease = _patiently(lambda: session.begin(number, meanwhile=meanwhile))
+        if self._dirty:
+            session.transport.forget()
+        lease = patiently(lambda: session.begin(number, meanwhile=meanwhile))
         self._number, self._asked = number, 0
         return lease
 
@@ -283,12 +280,13 @@ class PolicyWeights:
         try:
             version, stopped = lease.commit(moved.digest, meanwhile=session.transport.mark)
         except TandemError as error:
-            self._asked = self._number if _retryable(error) else 0
+            self._asked = self._number if retryable(error) else 0
             raise
         session.weight_version, self._held, self._as_committed = version, moved.digest, True
         self._dirty = False
         self.committed += 1
-        self.history.append(UpdateStats(version, moved.nbytes, time.perf_counter() - started, stopped))
+        seconds = time.perf_counter() - started
+        self.history.append(UpdateStats(version, moved.nbytes, seconds, stopped, moved.changed))
 
     def _insist(self, attempt: Callable[[], None]) -> None:
         """Make `attempt`, and make it again with an engine that came back or a lease that was lost."""
@@ -297,7 +295,7 @@ class PolicyWeights:
             try:
                 return attempt()
             except TandemError as error:
-                if not left or not _retryable(error):
+                if not left or not retryable(error):
                     raise
                 logger.warning("update failed, trying again: %s", error)
                 self._recover(error, deadline)
@@ -361,38 +359,12 @@ class PolicyWeights:
         try:
             self._move(lease, policy, time.perf_counter() - self._spent, wrote=True)
         except TandemError as error:
-            if not _retryable(error):
+            if not retryable(error):
                 raise
             # The parameters are whole, and the engine serves nothing: give it all of them.
             logger.warning("update lost, making up for it: %s", error)
             self._recover(error, time.monotonic() + self._timeout_s)
             self.sync()
-
-
-def _patiently(call: Callable[[], T]) -> T:
-    """Call, and again for a while where another trainer has the lease: it may be our own last life."""
-    deadline = time.monotonic() + HELD_S
-    while True:
-        try:
-            return call()
-        except Aborted as error:
-            if error.reason != Reason.LEASE_HELD or time.monotonic() > deadline:
-                raise
-            time.sleep(0.1)
-
-
-def _retryable(error: TandemError) -> bool:
-    """Whether the update may succeed when everything is sent again."""
-    return is_gone(error) or isinstance(error, DeadlineExceeded) or error.reason == Reason.LEASE_LOST
-
-
-def _taken(ours: int, theirs: int) -> FailedPrecondition:
-    return FailedPrecondition(
-        Reason.BASE_VERSION_MISMATCH,
-        f"The engine's weights are of version {theirs}, which somebody else made: ours is {ours}. "
-        "Where they share memory the trainer's parameters changed as well: resume from a checkpoint.",
-        metadata={"base_version": str(ours), "weight_version": str(theirs)},
-    )
 
 
 def _at_exit(me: weakref.ref[PolicyWeights]) -> None:

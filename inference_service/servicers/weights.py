@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping
 from datetime import timedelta
 from typing import Any, cast
 
 from inference_service.host import Host
-from inference_service.policy import Policy, Update
+from inference_service.policy import Policy
 from inference_service.servicers.engine import pause_mode
-from inference_service.sessions import SHARED, STREAM, Session
+from inference_service.sessions import Session
 from inference_service.trained import trained_adapter
+from inference_service.transports import SHARED, STREAM
+from inference_service.update import Update
 from tandem.errors import (
     Aborted,
     FailedPrecondition,
@@ -27,9 +29,11 @@ from tandem.weights.v1 import weights_pb2_grpc
 from weight_transfer.identity import ProcessIdentity
 from weight_transfer.manifest import Manifest, TensorSpec
 from weight_transfer.placement import Placement
+from weight_transfer.sparse import Packed
 
 _TICKS = 8
 _TRANSPORT = {SHARED: pb.TRANSPORT_SHARED, STREAM: pb.TRANSPORT_STREAM}
+_MODE = {"in_place": pb.UPDATE_MODE_IN_PLACE, "staged": pb.UPDATE_MODE_STAGED}
 
 
 class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
@@ -48,7 +52,9 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
 
     async def OpenSession(self, request: pb.OpenSessionRequest, context: Any) -> pb.OpenSessionResponse:
         policy, sessions = self._host.policy, self._host.sessions
-        tensors, identity, transport = _specs(request.tensors), _identity(request), _transport(request)
+        tensors, identity = _specs(request.tensors), _identity(request)
+        transport = _named(_TRANSPORT, request.transport, "transport")
+        mode = _named(_MODE, request.mode, "mode")
         adapter = None
         if request.HasField("adapter"):
             sessions.check(tensors)
@@ -56,7 +62,7 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
             digest = asked.base_digest if asked.HasField("base_digest") else None
             specs = _specs(asked.tensors, "adapter.tensors")
             adapter = await trained_adapter(policy, asked.name, specs, digest)
-        session = sessions.open(tensors, identity, transport, adapter)
+        session = sessions.open(tensors, identity, transport, adapter, mode)
         response = pb.OpenSessionResponse(
             session_id=session.id,
             engine_id=policy.engine.info.engine_id,
@@ -64,19 +70,23 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
             reason=session.reason,
             weight_version=policy.version,
             max_chunk_bytes=self._max_chunk_bytes,
+            mode=_MODE.get(session.mode, pb.UPDATE_MODE_UNSPECIFIED),
+            partial=sessions.takes_changes(session),
         )
         response.lease_timeout.FromTimedelta(timedelta(seconds=self._lease_timeout))
         if adapter is not None:
             response.adapter.CopyFrom(_manifest(adapter.manifest))
         if session.transport == SHARED:
-            where = {p.spec.name: p for p in policy.arenas.placements}
+            where, staged = sessions.placements(session), session.stage is not None
             response.shared.descriptor_socket = sessions.path
             response.shared.token = session.token
             response.shared.arenas.extend(
                 pb.Arena(size=handle.size, gpu_uuid=handle.gpu, rank=handle.rank)
-                for handle in policy.arenas.handles
+                for handle in sessions.handles(session)
             )
-            response.shared.placements.extend(_placement(where[t.name], t.dtype) for t in session.tensors)
+            response.shared.placements.extend(
+                _placement(where[t.name], t.dtype, staged=staged) for t in session.tensors
+            )
         return response
 
     async def UpdateWeights(
@@ -92,55 +102,71 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
                 )
             session = self._host.sessions.get(begin.session_id)
             mode = pause_mode(begin.in_flight, "begin.in_flight")
-            shared = session.transport == SHARED
+            way = self._host.sessions.way(session, partial=begin.partial)
             with session.watched(trainer.gone):
                 update = await policy.begin(
                     begin.base_version,
-                    in_place=shared,
+                    way,
                     in_flight=mode,
-                    writer=session if shared else None,
+                    writer=session if session.transport == SHARED and way.in_place else None,
                     new_version=begin.new_version if begin.HasField("new_version") else None,
-                    adapter=session.adapter,
                 )
                 async with _Lease(update) as lease:
                     if reason := trainer.has_gone:  # before it was told that it may write
                         await lease.settle().abort(untouched=True, reason=reason)
                         raise Aborted(Reason.LEASE_LOST, reason)
-                    yield pb.UpdateWeightsResponse(ready=pb.UpdateReady())
-                    yield await self._move(policy, session, lease, trainer)
+                    chosen = _MODE["in_place" if way.in_place else "staged"]
+                    yield pb.UpdateWeightsResponse(ready=pb.UpdateReady(mode=chosen))
+                    async for answer in self._move(policy, session, lease, trainer):
+                        yield answer
         finally:
             trainer.close()
 
     async def _move(
         self, policy: Policy, session: Session, lease: _Lease, trainer: _Trainer
-    ) -> pb.UpdateWeightsResponse:
+    ) -> AsyncIterator[pb.UpdateWeightsResponse]:
+        prepared = False
         while True:
             message = await trainer.next()
             match message.WhichOneof("step"):
                 case "heartbeat":
                     continue
                 case "chunk":
-                    if (size := len(message.chunk.data)) > self._max_chunk_bytes:
-                        raise ResourceExhausted(
-                            Reason.MESSAGE_TOO_LARGE,
-                            f"chunk.data: {size} bytes, the session's limit is {self._max_chunk_bytes}",
-                        )
+                    self._check_size("chunk.data", message.chunk.data)
                     lease.update.chunk(message.chunk.tensor, message.chunk.offset, message.chunk.data)
+                case "sparse":
+                    self._check_size("sparse.data", message.sparse.data)
+                    lease.update.changes(_packed(message.sparse))
+                case "prepare":
+                    if not message.prepare.HasField("digest"):
+                        raise invalid("prepare.digest", "is required")
+                    await lease.update.prepare(message.prepare.digest)
+                    prepared = True
+                    yield pb.UpdateWeightsResponse(prepared=pb.UpdatePrepared())
                 case "commit":
                     digest = message.commit.digest if message.commit.HasField("digest") else None
-                    if digest is None and not (session.aliased and session.committed):
+                    if digest is None and not prepared and not (session.aliased and session.committed):
                         raise invalid("commit.digest", "required, since bytes moved")
                     version = await lease.settle().commit(digest)
                     session.committed = True
                     committed = pb.UpdateCommitted(weight_version=version)
                     committed.stopped.FromTimedelta(timedelta(seconds=policy.last_stopped))
-                    return pb.UpdateWeightsResponse(committed=committed)
+                    yield pb.UpdateWeightsResponse(committed=committed)
+                    return
                 case "abort":
                     abort = message.abort
                     await lease.settle().abort(untouched=abort.untouched, reason=abort.reason)
-                    return pb.UpdateWeightsResponse(aborted=pb.UpdateAborted())
+                    yield pb.UpdateWeightsResponse(aborted=pb.UpdateAborted())
+                    return
                 case step:
                     raise FailedPrecondition(Reason.UPDATE_ORDER, f"{step or 'an empty step'} after begin")
+
+    def _check_size(self, field: str, data: bytes) -> None:
+        if len(data) > self._max_chunk_bytes:
+            raise ResourceExhausted(
+                Reason.MESSAGE_TOO_LARGE,
+                f"{field}: {len(data)} bytes, the session's limit is {self._max_chunk_bytes}",
+            )
 
     async def RestoreCheckpoint(
         self, request: pb.RestoreCheckpointRequest, context: Any
@@ -289,17 +315,22 @@ def _identity(request: pb.OpenSessionRequest) -> ProcessIdentity:
     return ProcessIdentity(it.boot_id, it.pid_namespace, it.pid, it.start_time, tuple(it.gpu_uuids))
 
 
-def _transport(request: pb.OpenSessionRequest) -> str:
-    if request.transport == pb.TRANSPORT_UNSPECIFIED:
+def _named(names: Mapping[str, int], given: int, field: str) -> str:
+    """What the enum's value is called here; "" if it is not set."""
+    if not given:
         return ""
-    for name, value in _TRANSPORT.items():
-        if value == request.transport:
+    for name, value in names.items():
+        if value == given:
             return name
-    raise invalid("transport", f"no transport {request.transport}")
+    raise invalid(field, f"no {field} {given}")
 
 
-def _placement(placement: Placement, trainer_dtype: str) -> pb.Placement:
-    reason = placement.alias_reason(trainer_dtype)
+def _packed(chunk: pb.SparseChunk) -> Packed:
+    return Packed(chunk.tensor, chunk.first, chunk.count, chunk.gap_bytes, chunk.compressed, chunk.data)
+
+
+def _placement(placement: Placement, trainer_dtype: str, *, staged: bool) -> pb.Placement:
+    reason = "updates are staged" if staged else placement.alias_reason(trainer_dtype)
     blocks = [
         pb.Block(
             arena=b.arena,

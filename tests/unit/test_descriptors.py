@@ -437,7 +437,7 @@ async def test_a_session_that_is_never_attached_gives_way(
 
 
 async def test_a_dead_trainer_that_never_attached_is_given_up_before_trainers_lose_patience() -> None:
-    from trainer_service.weights import HELD_S
+    from trainer_service.updates import HELD_S
 
     assert sessions_module.ATTACH_SECONDS < HELD_S
 

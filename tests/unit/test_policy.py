@@ -18,9 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inference_service.arenas import HostArenas
-from inference_service.policy import FIRST_VERSION, Policy, Update, WeightState
+from inference_service.policy import FIRST_VERSION, Policy, WeightState
 from inference_service.rollouts import Track
 from inference_service.servicers.weights import WeightServicer
+from inference_service.transports import SHARED, STREAM, Way
+from inference_service.update import Update
 from tandem.errors import Aborted, FailedPrecondition, InvalidArgument, Reason, TandemError, Unavailable
 from tandem.weights.v1 import weights_pb2
 from weight_transfer.arena import Arena
@@ -174,7 +176,8 @@ class Machine:
     ) -> Update:
         base = self.policy.version if base is None else base
         writer = (trainer or self.trainer) if in_place else None
-        self.update = await self.policy.begin(base, in_place=in_place, writer=writer, **kwargs)
+        way = Way(SHARED if in_place else STREAM, in_place=in_place)
+        self.update = await self.policy.begin(base, way, writer=writer, **kwargs)
         return self.update
 
     def write(self) -> int:

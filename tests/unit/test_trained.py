@@ -12,8 +12,10 @@ import structlog
 import torch
 
 from inference_service.loras import Loras
-from inference_service.policy import Policy, Update, WeightState
+from inference_service.policy import Policy, WeightState
 from inference_service.trained import trained_adapter
+from inference_service.transports import STREAM, Way
+from inference_service.update import Update
 from tandem.errors import FailedPrecondition, InvalidArgument, NotFound, Reason, Unavailable
 from tests.unit.test_policy import Engine as BareEngine
 from tests.weight_service import engine_arenas, network
@@ -64,7 +66,7 @@ def opened(policy: Policy, specs: list[TensorSpec] = SPECS, **options: Any) -> A
 
 async def begun(policy: Policy, adapter: Any) -> tuple[Update, int]:
     """An update of all ones, and its digest."""
-    update = await policy.begin(policy.version, in_place=False, adapter=adapter)
+    update = await policy.begin(policy.version, Way(STREAM, in_place=False, adapter=adapter))
     ones = [torch.ones(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in adapter.manifest]
     for i, tensor in enumerate(ones):
         update.chunk(i, 0, tensor.view(torch.uint8).numpy().tobytes())

@@ -17,7 +17,7 @@ from tandem.engine.v1.engine_pb2 import ServingState
 from tandem.errors import Aborted, FailedPrecondition, InvalidArgument, Reason, Unavailable
 from tandem.weights.v1 import weights_pb2 as pb
 from tests.weight_service import WeightService, network
-from trainer_service import weights as weights_module
+from trainer_service import updates as updates_module
 from trainer_service.client import InferenceClient
 from trainer_service.lease import Lease
 from trainer_service.session import Session
@@ -82,9 +82,9 @@ def policy(service: WeightService, engine: Engine) -> Iterator[Policy]:
     made: list[PolicyWeights] = []
 
     def make(
-        model: nn.Module, transport: str | Sequence[str] = "shared", timeout_s: float = 10.0
+        model: nn.Module, transport: str | Sequence[str] = "shared", timeout_s: float = 10.0, **how: Any
     ) -> PolicyWeights:
-        made.append(PolicyWeights(client, lambda: model, transport=transport, timeout_s=timeout_s))
+        made.append(PolicyWeights(client, lambda: model, transport=transport, timeout_s=timeout_s, **how))
         return made[-1]
 
     yield make
@@ -453,8 +453,8 @@ def test_a_commit_whose_answer_is_lost_is_known_by_its_digest(
     commit, held, asked = Lease.commit, [], []
     holds = weights._session.holds
 
-    def lose_answer(lease: Lease, digest: int | None, **given: Any) -> tuple[int, float]:
-        commit(lease, digest, **given)
+    def lose_answer(lease: Lease, digest: int | None, **more: Any) -> tuple[int, float]:
+        commit(lease, digest, **more)
         held.append(engine.digest)
         monkeypatch.setattr(Lease, "commit", commit)
         raise Unavailable(Reason.UNREACHABLE, "connection reset")
@@ -485,7 +485,7 @@ def test_somebody_elses_commit_is_not_taken_for_one_whose_answer_was_lost(
     weights = policy(model, transport)
     weights.sync()
 
-    def lose(lease: Lease, digest: int | None, **given: Any) -> tuple[int, float]:
+    def lose(lease: Lease, digest: int | None, **more: Any) -> tuple[int, float]:
         lease.abort("lost", untouched=False)
         restore(engine)
         raise Unavailable(Reason.UNREACHABLE, "connection reset")
@@ -554,7 +554,7 @@ def test_the_first_transport_that_can_be_had_is_taken(
 def test_a_second_trainer_is_told_that_the_first_has_the_engine(
     policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights_module, "HELD_S", 0.3)
+    monkeypatch.setattr(updates_module, "HELD_S", 0.3)
     first, second = policy(network()), policy(network())
     first.sync()
     with pytest.raises(Aborted, match="another trainer"):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from weight_transfer.transports.base import Chunk, Handshake, Moved, SourceTensor, WeightTransport
+from weight_transfer.transports.base import Chunk, Handshake, Moved, Piece, SourceTensor, WeightTransport
 
-__all__ = ["Chunk", "Handshake", "Moved", "SourceTensor", "WeightTransport", "open_transport"]
+__all__ = ["Chunk", "Handshake", "Moved", "Piece", "SourceTensor", "WeightTransport", "open_transport"]
 
 
 def open_transport(handshake: Handshake, timeout_s: float = 10.0) -> WeightTransport:
@@ -15,10 +15,18 @@ def open_transport(handshake: Handshake, timeout_s: float = 10.0) -> WeightTrans
         OSError: the engine's memory could not be had within `timeout_s` seconds.
     """
     match handshake.transport:
+        case "shared" if handshake.staged:
+            from weight_transfer.transports.staged import StagedTransport
+
+            return StagedTransport.connect(handshake, timeout_s)
         case "shared":
             from weight_transfer.transports.shared import SharedTransport
 
             return SharedTransport.connect(handshake, timeout_s)
+        case "stream" if handshake.partial:
+            from weight_transfer.transports.sparse import SparseTransport
+
+            return SparseTransport(handshake.manifest, handshake.max_chunk_bytes)
         case "stream":
             from weight_transfer.transports.stream import StreamTransport
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
 from weight_transfer import digest as digests
 from weight_transfer.manifest import Manifest, TensorSpec
@@ -13,6 +13,8 @@ from weight_transfer.placement import Placement
 
 if TYPE_CHECKING:
     import torch
+
+    from weight_transfer.sparse import Packed
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,20 @@ class Chunk:
     data: bytes
 
 
+#: What travels in an update's stream.
+Piece: TypeAlias = "Chunk | Packed"
+
+
 @dataclass(frozen=True)
 class Moved:
-    """What one update moved: bytes in the engine's dtype, and the whole policy's digest where any did."""
+    """What one update moved: bytes, in the engine's dtype or packed, and the whole policy's digest where any did.
+
+    changed: how many elements had changed, where these alone were looked for.
+    """
 
     nbytes: int
     digest: int | None
+    changed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,8 @@ class Handshake:
     arena_sizes: tuple[int, ...] = ()
     arena_gpus: tuple[str, ...] = ()  # UUIDs; "" for host memory
     placements: tuple[Placement, ...] = ()
+    staged: bool = False  # shared: what is mapped is not the engine's own memory
+    partial: bool = False  # stream: an update may carry changes alone
 
 
 class WeightTransport(ABC):
@@ -85,7 +97,7 @@ class WeightTransport(ABC):
         return False
 
     def mark(self) -> None:
-        """Have `disturbed` compare with the aliased parameters as they are now."""
+        """What was moved last is committed: `disturbed` and `partial` compare with that."""
         return
 
     def disturbed(self) -> bool:
@@ -106,15 +118,24 @@ class WeightTransport(ABC):
         """
         return False
 
+    @property
+    def partial(self) -> bool:
+        """Whether the next `move` brings what changed since `mark` alone: its update must be begun as partial."""
+        return False
+
+    def forget(self) -> None:
+        """Have the next `move` bring everything: the engine may hold something else than was moved last."""
+        return
+
     @abstractmethod
     def move(
-        self, policy: Sequence[SourceTensor], send: Callable[[Chunk], None], *, digest: bool = False
+        self, policy: Sequence[SourceTensor], send: Callable[[Piece], None], *, digest: bool = False
     ) -> Moved:
         """Bring `policy` to the engine, within an update that is ready: without the lease, call `digest`.
 
         Args:
             policy: all tensors of the manifest, in any order.
-            send: puts a chunk in the update's stream; blocks while the service is behind.
+            send: puts a piece in the update's stream; blocks while the service is behind.
             digest: whether to digest the policy even where no byte moved.
         """
 

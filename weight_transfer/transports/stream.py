@@ -8,7 +8,7 @@ import torch
 
 from weight_transfer import digest as digests
 from weight_transfer.manifest import Manifest
-from weight_transfer.transports.base import Chunk, Moved, SourceTensor, WeightTransport
+from weight_transfer.transports.base import Chunk, Moved, Piece, SourceTensor, WeightTransport
 
 
 class StreamTransport(WeightTransport):
@@ -23,18 +23,22 @@ class StreamTransport(WeightTransport):
         self._max_chunk_bytes = max_chunk_bytes
 
     def move(
-        self, policy: Sequence[SourceTensor], send: Callable[[Chunk], None], *, digest: bool = False
+        self, policy: Sequence[SourceTensor], send: Callable[[Piece], None], *, digest: bool = False
     ) -> Moved:
         parts = [0] * len(self._manifest)
         moved = sum(self._send(source, send, parts) for source in policy)
         return Moved(moved, digests.combine(parts))
 
-    def _send(self, source: SourceTensor, send: Callable[[Chunk], None], parts: list[int]) -> int:
+    def _send(self, source: SourceTensor, send: Callable[[Piece], None], parts: list[int]) -> int:
         # One call for each tensor, so that its memory is let go before the next is read.
         index = self._manifest.positions[source.name]
         dtype = getattr(torch, self._manifest.tensors[index].dtype)
         value = source.read().detach().to(device="cpu", dtype=dtype).contiguous()
         parts[index] = digests.digest_tensor(value)
+        return self._cut(index, value, send)
+
+    def _cut(self, index: int, value: torch.Tensor, send: Callable[[Piece], None]) -> int:
+        """Send a contiguous tensor in host memory, whole. Returns its bytes."""
         raw = value.reshape(-1).view(torch.uint8).numpy().data
         for start in range(0, len(raw), self._max_chunk_bytes):
             send(Chunk(index, start, bytes(raw[start : start + self._max_chunk_bytes])))

@@ -1,0 +1,103 @@
+"""What a transport is in the service: the engine's end of the way on which one update's bytes come."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from tandem.errors import DataLoss, FailedPrecondition, Reason, invalid
+
+if TYPE_CHECKING:
+    from inference_service.staging import Staging
+    from inference_service.trained import TrainedAdapter
+    from weight_transfer.sparse import Packed
+
+SHARED, STREAM, CHECKPOINT = "shared", "stream", "checkpoint"
+
+
+@dataclass(frozen=True)
+class Way:
+    """How one update's bytes come.
+
+    transport: by which transport; "checkpoint" where the engine has them itself.
+    in_place: whether they go straight into the live weights, the engine being idle from begin to end; else they are
+        staged beside them while it serves.
+    partial: whether what is not sent stays as it is in the base version.
+    adapter: what comes in place of the policy, if anything does.
+    stage: the memory that a trainer on this host writes, where it is not the engine's own.
+    """
+
+    transport: str
+    in_place: bool
+    partial: bool = False
+    adapter: TrainedAdapter | None = None
+    stage: Staging | None = None
+
+
+class Incoming(ABC):
+    """One update's bytes on their way into the engine.
+
+    `check` comes first, then `install`, each at most once, and at the end of every update `release`.
+    """
+
+    #: Whether the engine's weights are what it carries, and not an adapter beside them.
+    of_policy: ClassVar[bool] = True
+    #: Whether what vLLM alone can place must be loaded anew after `install`.
+    reloads: ClassVar[bool] = True
+    #: Whether bytes were written into the live weights before `install`.
+    touched: bool = False
+
+    def chunk(self, tensor: int, offset: int, data: bytes) -> None:
+        """Take a piece of a tensor: its index in the manifest, the first byte, and the bytes.
+
+        Raises:
+            FailedPrecondition: UPDATE_ORDER, out of order, or such bytes don't come this way.
+            InvalidArgument: no such tensor, or past its end.
+        """
+        raise FailedPrecondition(Reason.UPDATE_ORDER, "chunks belong to the stream transport")
+
+    def changes(self, packed: Packed) -> None:
+        """Take elements of a tensor that changed. Raises as `chunk` does."""
+        raise FailedPrecondition(Reason.UPDATE_ORDER, "sparse chunks belong to partial updates")
+
+    @abstractmethod
+    async def check(self, digest: int | None) -> None:
+        """See that everything is there, and is what the trainer has.
+
+        Staged, generation goes on meanwhile, and nothing that can be foreseen makes `install` fail afterwards.
+
+        Args:
+            digest: of all that the update carries, as the trainer has it. None where no byte moved.
+
+        Raises:
+            DataLoss: DIGEST_MISMATCH. FailedPrecondition: UPDATE_ORDER, bytes are missing.
+        """
+
+    @abstractmethod
+    async def install(self) -> None:
+        """Have what was staged be what the engine computes with. Generation stands still."""
+
+    async def undo(self) -> bool:
+        """Have the engine's memory be again what it was before `install`, which failed, or something after it did.
+
+        Returns:
+            Whether it is.
+        """
+        return False
+
+    @abstractmethod
+    def release(self) -> None:
+        """Give back the memory that the update needed."""
+
+
+def compare(told: int | None, found: int) -> None:
+    """Raise where a trainer's digest is not that of what was found here."""
+    if told is None:
+        raise invalid("commit.digest", "required, since bytes moved")
+    if told != found:
+        raise DataLoss(
+            Reason.DIGEST_MISMATCH,
+            f"the trainer's weights have digest {told:016x}, those received {found:016x}",
+            metadata={"trainer": f"{told:016x}", "engine": f"{found:016x}"},
+        )

@@ -1,0 +1,59 @@
+"""What updates of one engine and of several have in common: their figures, and what may be tried again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from tandem.errors import Aborted, DeadlineExceeded, FailedPrecondition, Reason, TandemError
+from trainer_service.client import is_gone
+
+#: How long a session or lease of a trainer that just died, perhaps ourselves, may still seem to be held.
+HELD_S = 5.0
+ATTEMPTS = 3
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class UpdateStats:
+    """One committed update.
+
+    nbytes: moved, as they travel. seconds: spent on it here. stopped: seconds for which generation stood still, the
+    longest of several engines'. changed: elements that it brought anew, where these alone were looked for.
+    """
+
+    weight_version: int
+    nbytes: int
+    seconds: float
+    stopped: float
+    changed: int | None = None
+
+
+def patiently(call: Callable[[], T]) -> T:
+    """Call, and again for a while where another trainer has the lease: it may be our own last life."""
+    deadline = time.monotonic() + HELD_S
+    while True:
+        try:
+            return call()
+        except Aborted as error:
+            if error.reason != Reason.LEASE_HELD or time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+
+def retryable(error: TandemError) -> bool:
+    """Whether the update may succeed when everything is sent again."""
+    return is_gone(error) or isinstance(error, DeadlineExceeded) or error.reason == Reason.LEASE_LOST
+
+
+def taken(ours: int, theirs: int) -> FailedPrecondition:
+    """The error where somebody else made a version."""
+    return FailedPrecondition(
+        Reason.BASE_VERSION_MISMATCH,
+        f"The engine's weights are of version {theirs}, which somebody else made: ours is {ours}. "
+        "Where they share memory the trainer's parameters changed as well: resume from a checkpoint.",
+        metadata={"base_version": str(ours), "weight_version": str(theirs)},
+    )
