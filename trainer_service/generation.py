@@ -203,7 +203,15 @@ class RemoteGeneration(VLLMGeneration):
         wanted = self._wants_logprobs()
         for left in reversed(range(ATTEMPTS)):
             try:
-                rollouts = self.client.generate(groups, sampling, logprobs=wanted, lora=self.lora)
+                rollouts = self.client.generate(
+                    groups,
+                    sampling,
+                    logprobs=wanted,
+                    lora=self.lora,
+                    # One that was started again is brought it by `recover`, and told at once.
+                    min_weight_version=self.weight_version,
+                    version_wait_s=0.0,
+                )
                 self._check(rollouts)
             except TandemError as error:
                 if not left or not (is_gone(error) or error.reason in _TRY_AGAIN):

@@ -35,6 +35,7 @@ class Service:
         self.answer = answer or (lambda group: [rollout(list(group.token_ids[:1]))] * group.n)
         self.calls: list[tuple[list[Group], pb.SamplingParams, bool]] = []
         self.loras: list[str] = []
+        self.needed: list[dict[str, float]] = []
         self.errors: list[Exception] = []
         self.waited = 0
         self.versions = [3]  # of the engine, one after the other; the last one stays
@@ -45,8 +46,9 @@ class Service:
         return pb.GetModelResponse(max_model_len=64, logprobs_mode="raw_logprobs", weight_version=version)
 
     def generate(
-        self, groups: list[Group], sampling: pb.SamplingParams, logprobs: bool, lora: str
+        self, groups: list[Group], sampling: pb.SamplingParams, logprobs: bool, lora: str, **needed: float
     ) -> list[list[pb.Rollout]]:
+        self.needed.append(needed)
         self.calls.append((groups, sampling, logprobs))
         self.loras.append(lora)
         if self.errors:
@@ -179,6 +181,14 @@ def test_an_engine_that_lost_the_adapter_is_given_it_anew() -> None:
     service.errors = [NotFound(Reason.LORA_NOT_FOUND, "no adapter")]
     assert generation(service, weights, lora="policy").generate([[1]], None, 1)[1] == [[1]]
     assert (weights.synced, service.loras) == (1, ["policy", "policy"])
+
+
+def test_an_engine_with_older_weights_is_not_to_sample() -> None:
+    service, weights = Service(), Weights()
+    service.errors = [Unavailable(Reason.WEIGHTS_TOO_OLD, "it was started again")]
+    assert generation(service, weights).generate([[1]], None, 1)[1] == [[1]]
+    assert service.needed == [{"min_weight_version": 3, "version_wait_s": 0.0}] * 2
+    assert weights.synced == 1
 
 
 def test_rollouts_of_another_version_are_never_returned() -> None:
