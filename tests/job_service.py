@@ -150,6 +150,24 @@ class JobService:
         assert len(found) == 1
         return found[0]
 
+    def standbys(self) -> set[int]:
+        """The processes that wait for a job."""
+        mark = f"{processes.MARK}={self.root}/jobs/standby-".encode()
+        found = set()
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                if mark in path.read_bytes():
+                    found.add(int(path.parent.name))
+        return found
+
+    def wait_for_standby(self, seconds: float = 120) -> set[int]:
+        """The leader and the training of one that waits for a job."""
+        end = time.monotonic() + seconds
+        while len(found := self.standbys()) < 2:
+            assert time.monotonic() < end, f"nobody stands by: {self.log.read_text()[-3000:]}"
+            time.sleep(0.02)
+        return found
+
     def kill(self) -> None:
         os.kill(self.process.pid, signal.SIGKILL)
         self.process.wait(10)

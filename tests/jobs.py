@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer_service.jobs.spec import JobSpec, read
+from trainer_service.jobs.reading import read
+from trainer_service.jobs.spec import JobSpec
 
 
 def table(**fields: Any) -> dict[str, Any]:

@@ -61,3 +61,9 @@ class TrainerSettings(ServiceSettings):
         ge=0,
         description="Until a job whose process died starts again. Doubles with each time, up to a minute.",
     )
+    standby: int = Field(
+        1,
+        ge=0,
+        description="Processes that have all libraries loaded before there is a job, which then starts at once. "
+        "For jobs of one process. Each takes some 700 MiB.",
+    )

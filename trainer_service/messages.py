@@ -10,7 +10,8 @@ from google.protobuf import json_format, struct_pb2, timestamp_pb2
 from tandem.trainer.v1 import job_pb2 as pb
 from tandem.trainer.v1 import trainer_pb2
 from trainer_service.jobs.folder import Checkpoint
-from trainer_service.jobs.spec import JobSpec, read
+from trainer_service.jobs.reading import read
+from trainer_service.jobs.spec import JobSpec
 from trainer_service.jobs.states import JobState
 from trainer_service.jobs.store import Event, EventKind, Job
 

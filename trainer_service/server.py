@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 import structlog
 
@@ -15,6 +16,7 @@ from trainer_service.jobs.folder import make_private
 from trainer_service.jobs.lock import FileLock
 from trainer_service.jobs.store import open_store
 from trainer_service.jobs.supervisor import Supervisor
+from trainer_service.metrics import JobMetrics
 from trainer_service.servicer import TrainingJobServicer
 
 log = structlog.get_logger(__name__)
@@ -29,10 +31,11 @@ async def serve(settings: TrainerSettings) -> None:
         TandemError: a setting is wrong, an address is taken, or another service has the store or the folder.
     """
     folder = make_private(settings.folder)
-    store = open_store(settings.store, folder)
-    # Two services with stores of their own must not share the folder either.
-    lock = FileLock(folder / "service.lock")
-    try:
+    with contextlib.ExitStack() as stack:
+        store = open_store(settings.store, folder)
+        # Two services with stores of their own must not share the folder either.
+        stack.callback(FileLock(folder / "service.lock").close)
+        stack.callback(store.close)
         store.lock()
         there = await asyncio.to_thread(gpus.found) if settings.gpus is None else settings.gpus
         limits = Limits(
@@ -40,6 +43,7 @@ async def serve(settings: TrainerSettings) -> None:
             gpus=tuple(there),
             cancel_grace_s=settings.cancel_grace_s,
             retry_delay_s=settings.retry_delay_s,
+            standby=settings.standby,
         )
         supervisor = Supervisor(store, folder / "jobs", limits)
         serving = Serving(settings.serving_config())
@@ -49,6 +53,7 @@ async def serve(settings: TrainerSettings) -> None:
             JOBS,
             long_lived=["WatchJob"],
         )
+        stack.callback(JobMetrics(store).close)
         await serving.start()
         serving.on_stop(supervisor.stop)
         try:
@@ -60,6 +65,3 @@ async def serve(settings: TrainerSettings) -> None:
         serving.set_serving(JOBS, True)
         log.info("ready", folder=str(folder), max_running=limits.max_running, gpus=limits.gpus)
         await serving.wait()
-    finally:
-        store.close()
-        lock.close()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,6 +79,24 @@ def test_kill_9_of_the_service_and_of_the_training(
     assert steps == [(1, 1), (1, 2), (2, 3)]  # each once: the second attempt began where the first had saved
     assert (now.attempt, now.retries) == (2, 1)
     assert [one.step for one in found] == [1, 2, 3]
+
+
+def test_who_stands_by_ends_with_the_service(
+    folder: Path, tmp_path: Path, checkpoints: dict[str, Path]
+) -> None:
+    place = Place(tmp_path / "place", checkpoints["llama"])
+    with job_service(folder, place) as first:
+        first.wait_for_standby()
+        first.kill()
+        end = time.monotonic() + 120
+        while first.standbys():  # it sees that, once it has loaded what it is loading
+            assert time.monotonic() < end
+            time.sleep(0.02)
+    with job_service(folder, place) as second:
+        second.wait_for_standby()
+        second.process.terminate()
+        assert second.process.wait(60) == 0
+        assert second.standbys() == set()
 
 
 def test_a_job_that_dies_too_often_fails(folder: Path, tmp_path: Path, checkpoints: dict[str, Path]) -> None:

@@ -13,9 +13,10 @@ from tandem.errors import FailedPrecondition, InvalidArgument, NotFound, Reason
 from tandem.rpc import translated
 from tandem.trainer.v1 import job_pb2
 from tandem.trainer.v1 import trainer_pb2 as pb
+from tests.disks import fill, small_disk
 from tests.job_service import JobService, Place, end_jobs, job_service
 from tests.services import Service
-from trainer_service.jobs.child import TOLD
+from trainer_service.jobs.stopping import TOLD
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +89,11 @@ def test_a_job_to_its_end(service: JobService, place: Place, llama: Service) -> 
 
 def test_a_cancelled_job_saves_and_is_resumed(service: JobService, place: Place, llama: Service) -> None:
     place.hold(2)
+    ready = service.wait_for_standby()
     job = service.submit(place.spec(llama.address, steps=3))
     place.wait_until_held(2)
+    assert service.training(job.id) in ready  # it was there before the job
+    assert not service.wait_for_standby() & ready  # and the next job has another one
     service.stub.CancelJob(pb.CancelJobRequest(job_id=job.id), timeout=20)
     again = service.stub.CancelJob(pb.CancelJobRequest(job_id=job.id), timeout=20).job
     assert again.state == job_pb2.JOB_STATE_CANCELLING
@@ -107,6 +111,44 @@ def test_a_cancelled_job_saves_and_is_resumed(service: JobService, place: Place,
     done = [event.metrics.step for event in rest if "reward" in event.metrics.values]
     assert done == [3]
     assert service.get(job.id).attempt == 2
+
+
+def test_a_full_disk_fails_a_job_which_goes_on_when_there_is_room(
+    checkpoints: dict[str, Path], tmp_path: Path, llama: Service
+) -> None:
+    """The disk of the jobs' folders. That of the store has room."""
+    place = Place(tmp_path / "place", checkpoints["llama"])
+    place.hold(2)
+    with tempfile.TemporaryDirectory(prefix="tdj") as folder:
+        with small_disk(Path(folder) / "jobs", 64) as disk:
+            with job_service(Path(folder), place, "--standby=0") as service:
+                job = service.submit(place.spec(llama.address, steps=3))
+                place.wait_until_held(2)  # the first step's checkpoint is complete
+                filler = fill(disk, 256 << 10)  # what is told of a step fits, and no checkpoint
+                place.let_go(2)
+                events = service.wait_for(job.id, "FAILED")
+                assert service.get(job.id).reason.startswith(
+                    "DISK_FULL: the disk of the job's folder is full"
+                )
+                assert service.members(job.id) == set()
+                request = pb.ListCheckpointsRequest(job_id=job.id)
+                assert [
+                    one.step for one in service.stub.ListCheckpoints(request, timeout=20).checkpoints
+                ] == [1]
+                left = (disk / job.id / "checkpoints").glob("checkpoint-*")
+                assert [path.name for path in left] == ["checkpoint-1"]
+
+                fill(disk)  # not even a job's beginning fits
+                service.stub.ResumeJob(pb.ResumeJobRequest(job_id=job.id), timeout=20)
+                events = service.wait_for(job.id, "FAILED", after=events[-1].sequence)
+                assert service.get(job.id).reason.startswith("DISK_FULL: ")
+
+                filler.unlink()
+                service.stub.ResumeJob(pb.ResumeJobRequest(job_id=job.id), timeout=20)
+                service.wait_for(job.id, "SUCCEEDED", after=events[-1].sequence)
+                found = service.stub.ListCheckpoints(request, timeout=20).checkpoints
+                assert [one.step for one in found] == [1, 2, 3]
+            end_jobs(Path(folder))
 
 
 def test_a_deleted_job_leaves_nothing(service: JobService, place: Place) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -13,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.disks import fill, small_disk
 from tests.jobs import spec
 from trainer_service.jobs import processes
-from trainer_service.jobs.folder import EventLog, JobFolder, Outcome, read_lines
+from trainer_service.jobs.folder import FULL, EventLog, JobFolder, Outcome, is_full, read_lines
 from trainer_service.jobs.processes import MARK, Identity
 from trainer_service.jobs.states import JobState, Move
 from trainer_service.jobs.store import EventKind, Store, open_store
@@ -137,6 +139,54 @@ def test_the_first_outcome_counts(folder: JobFolder) -> None:
     folder.tell_outcome(1, Outcome.DIED, "its training ended with code 1")
     assert folder.outcome(1) == (Outcome.FAILED, "why")
     assert folder.outcome(2)[0] is Outcome.DIED
+
+
+def test_an_outcome_is_told_on_a_full_disk(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 1) as disk:
+        folder = JobFolder(disk / "job")
+        folder.make(spec())
+        folder.reserve()
+        log = EventLog(folder, 1)
+        fill(disk)
+        with pytest.raises(OSError, match=r"No space left|not written whole") as raised:  # noqa: PT012  # a page may have room for some
+            for step in range(200):
+                log.write("METRICS", metrics(step))
+        log.close()
+        assert is_full(raised.value)
+        assert folder.outcome(1)[0] is Outcome.DIED
+        folder.tell_outcome(1, Outcome.FAILED, FULL)
+        assert folder.outcome(1) == (Outcome.FAILED, FULL)
+        fill(disk)
+        with pytest.raises(OSError, match=r"No space left|not written whole") as raised:
+            folder.make(spec())
+        assert is_full(raised.value)
+        assert JobFolder(disk / "job").spec() == spec()  # what was there stays whole
+
+
+@pytest.mark.parametrize("library", ["torch", "safetensors", "python"])
+def test_a_full_disk_is_known_in_the_words_of_each_library(tmp_path: Path, library: str) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    tensors = {"weight": torch.zeros(1 << 20)}
+    with small_disk(tmp_path / "disk", 2) as disk:
+        fill(disk, 256 << 10)
+        with pytest.raises(Exception, match=r".") as raised:  # noqa: PT012  # each its own
+            if library == "torch":
+                torch.save(tensors, disk / "file")
+            elif library == "safetensors":
+                save_file(tensors, disk / "file")
+            else:
+                try:
+                    (disk / "file").write_bytes(bytes(4 << 20))
+                except OSError as error:
+                    raise ValueError("a reward failed") from error
+        assert is_full(raised.value, disk)
+
+
+def test_other_errors_are_of_no_full_disk(tmp_path: Path) -> None:
+    assert not is_full(OSError(errno.EACCES, os.strerror(errno.EACCES)))
+    assert not is_full(RuntimeError("PytorchStreamWriter failed writing file"), tmp_path)
 
 
 def test_a_process_is_not_taken_for_another() -> None:

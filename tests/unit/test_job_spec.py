@@ -8,7 +8,8 @@ import pytest
 
 from tandem.errors import InvalidArgument
 from tests.jobs import spec, table
-from trainer_service.jobs.spec import ALGORITHMS, JobSpec, read
+from trainer_service.jobs.reading import read
+from trainer_service.jobs.spec import ALGORITHMS, JobSpec
 
 SOURCES = "hub, json_lines, parquet, reasoning_gym"
 

@@ -6,27 +6,27 @@ import asyncio
 import contextlib
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 
 from tandem.errors import NotFound, TandemError
 from trainer_service.jobs import processes
-from trainer_service.jobs.folder import JobFolder, Outcome
-from trainer_service.jobs.gpus import needed
-from trainer_service.jobs.processes import MARK, Identity
-from trainer_service.jobs.run import ENGINE_GPUS
+from trainer_service.jobs.folder import FULL, JobFolder, Outcome, is_full
+from trainer_service.jobs.processes import Identity
+from trainer_service.jobs.standby import Standbys
+from trainer_service.jobs.start import environment, reap, spawn
 from trainer_service.jobs.states import TERMINAL, JobState, Move
 from trainer_service.jobs.store import Job, Store
 from trainer_service.jobs.tail import ingest
+from trainer_service.jobs.warm import Given
 
 log = structlog.get_logger(__name__)
+T = TypeVar("T")
 
 _MAX_DELAY_S = 60.0
 #: Until what the store refused is tried again.
@@ -47,6 +47,8 @@ class Limits:
     """Seconds until a job whose process died starts again. They double with each time."""
     poll_s: float = 0.1
     """How often a job's files are looked at."""
+    standby: int = 0
+    """Processes that wait for jobs, with all libraries loaded."""
 
 
 class Attempts:
@@ -57,6 +59,7 @@ class Attempts:
         self._root = root
         self._limits = limits
         self._changed = changed
+        self.standbys = Standbys(limits.standby, root)
         self._following: dict[str, asyncio.Task[None]] = {}
         self._cancelling: dict[str, asyncio.Task[None]] = {}
         self._due: dict[str, float] = {}
@@ -68,25 +71,46 @@ class Attempts:
     async def start(self, job: Job, gpus: tuple[str, ...]) -> None:
         """Start a job's next attempt. Raises FailedPrecondition where the job does not wait any more."""
         folder = self._folder(job)
-        await asyncio.to_thread(folder.make, job.spec)
-        attempt = job.attempt + 1
-        # Before its process is there: one that is not in the store is found by its mark, and ended.
-        job = await asyncio.to_thread(self._store.move, job.id, Move.START, attempt=attempt, gpus=gpus)
         try:
-            identity = await asyncio.to_thread(_spawn, folder, job, needed(job.spec, gpus)[0])
+            await asyncio.to_thread(folder.make, job.spec)
         except OSError as error:
-            why = f"its process cannot be started: {error}"
-            move = Move.FAIL if job.state is JobState.STARTING else Move.STOP
-            await asyncio.to_thread(self._store.move, job.id, move, why, gpus=(), end_time=time.time())
+            if not is_full(error):
+                raise
+            await asyncio.to_thread(self._store.move, job.id, Move.FAIL, FULL, end_time=time.time())
+            self._changed(job.id)
             return
-        job = await asyncio.to_thread(self._store.append, job.id, [], process=str(identity))
-        log.info("started", job=job.id, attempt=attempt, process=identity.pid, gpus=gpus)
-        self.follow(job)
+        ready = None if job.spec.hardware.launched else self.standbys.take()
+        # Before its process is there, or has a job: one that is not in the store is found by its mark, and ended.
+        process = "" if ready is None else str(ready.identity)
+        attempt = job.attempt + 1
+        try:
+            job = await asyncio.to_thread(
+                self._store.move, job.id, Move.START, attempt=attempt, gpus=gpus, process=process
+            )
+        except BaseException:
+            if ready is not None:
+                ready.end()
+            raise
+        identity = None if ready is None else ready.identity
+        try:
+            if ready is None or not ready.give(Given(folder.path, job.attempt, environment(folder, job))):
+                identity = await asyncio.to_thread(spawn, folder, job)
+        except OSError as error:
+            folder.tell_outcome(job.attempt, Outcome.FAILED, f"its process cannot be started: {error}")
+        finally:  # whatever happened, it is in the store as one that has processes
+            self.follow(job, identity)
+        warm = ready is not None and identity == ready.identity
+        log.info("started", job=job.id, attempt=job.attempt, process=str(identity), gpus=gpus, warm=warm)
         self._changed(job.id)
 
-    def follow(self, job: Job) -> None:
-        """Follow a job's processes to their end, also those that an earlier service started."""
-        self._following[job.id] = task = asyncio.create_task(self._follow(job))
+    def follow(self, job: Job, identity: Identity | None = None) -> None:
+        """Follow a job's processes to their end, also those that an earlier service started.
+
+        Args:
+            job: as the store has it.
+            identity: of its process, if the store has none or another one.
+        """
+        self._following[job.id] = task = asyncio.create_task(self._follow(job, identity))
         task.add_done_callback(lambda done: self._followed(job.id, done))
         if job.state is JobState.CANCELLING:
             self.cancel(job)
@@ -102,15 +126,31 @@ class Attempts:
         await _ended(self._following.pop(job.id, None))
         await _ended(self._cancelling.pop(job.id, None))
         job = await asyncio.to_thread(self._store.get, job.id)
-        await self._kill(job)
+        await self._kill(job, Identity.parse(job.process))
 
     async def stop(self) -> None:
-        """Follow nothing any more. The processes go on."""
+        """Follow nothing any more. The processes of jobs go on."""
         tasks = [*self._following.values(), *self._cancelling.values()]
         await asyncio.gather(*(_ended(task) for task in tasks))
+        await self.standbys.stop()
 
-    async def _follow(self, job: Job) -> None:
-        identity = Identity.parse(job.process)
+    async def _follow(self, job: Job, identity: Identity | None) -> None:
+        """Until the job is settled. What fails on the way is tried again: nobody else would."""
+        delay = _AGAIN_S
+        while True:
+            try:
+                if identity is not None and str(identity) != job.process:
+                    job = await self._insist(self._store.append, job.id, [], process=str(identity))
+                await self._follow_on(job, identity or Identity.parse(job.process))
+                return
+            except NotFound:  # it was deleted
+                return
+            except Exception as error:  # whatever it is, the job is not left alone
+                log.error("following a job failed, and goes on", job=job.id, exc_info=error)
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, _MAX_DELAY_S)
+
+    async def _follow_on(self, job: Job, identity: Identity | None) -> None:
         descriptor = identity.open() if identity is not None else None
         gone = asyncio.Event()
         if descriptor is None:
@@ -122,13 +162,16 @@ class Attempts:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(gone.wait(), self._limits.poll_s)
                 job = await self._ingest(job)
+                if job.state is not JobState.STARTING:
+                    self.standbys.refill()
         finally:
             if descriptor is not None:
                 asyncio.get_running_loop().remove_reader(descriptor)
                 os.close(descriptor)
+        self.standbys.refill()
         if identity is not None:
-            await asyncio.to_thread(_reap, identity.pid)
-        await self._kill(job)
+            await asyncio.to_thread(reap, identity.pid)
+        await self._kill(job, identity)
         job = await self._ingest(job, rest=True)
         await self._settle(job)
 
@@ -136,35 +179,40 @@ class Attempts:
         """Take all that is new. Where the store refuses it, nothing is lost, and it is tried again."""
         more = True
         while more:
-            try:
-                job = await asyncio.to_thread(self._store.get, job.id)  # others move it
-                job, more = await asyncio.to_thread(ingest, self._store, self._folder(job), job, rest=rest)
-            except NotFound:
-                raise
-            except (TandemError, OSError) as error:
-                log.warning("events of a job cannot be stored now", job=job.id, error=str(error))
-                await asyncio.sleep(_AGAIN_S)
-                continue
+            job = await self._insist(self._store.get, job.id)  # others move it
+            job, more = await self._insist(ingest, self._store, self._folder(job), job, rest=rest)
             if more:
                 self._changed(job.id)
         return job
+
+    async def _insist(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """Have the store do something, when it can. Raises NotFound, and what is no matter of waiting."""
+        while True:
+            try:
+                return await asyncio.to_thread(function, *args, **kwargs)
+            except NotFound:
+                raise
+            except (TandemError, OSError) as error:
+                log.warning("the store refused, and is asked again", error=str(error))
+                await asyncio.sleep(_AGAIN_S)
 
     async def _settle(self, job: Job) -> None:
         """Say what became of a job whose processes have ended."""
         outcome, reason = await asyncio.to_thread(self._folder(job).outcome, job.attempt)
         while True:
-            job = await asyncio.to_thread(self._store.get, job.id)
+            job = await self._insist(self._store.get, job.id)
             move, changes = self._next(job, outcome)
-            ends = move in (Move.SUCCEED, Move.FAIL, Move.STOP)
             if job.state in TERMINAL or job.state is JobState.DELETING:
                 return
-            if ends:
+            if move in (Move.SUCCEED, Move.FAIL, Move.STOP):
                 changes["end_time"] = time.time()
             try:
                 await asyncio.to_thread(
                     self._store.move, job.id, move, reason, process="", gpus=(), **changes
                 )
-            except TandemError as error:  # the disk is full, or somebody cancelled it just now
+            except NotFound:
+                raise
+            except (TandemError, OSError) as error:  # the disk is full, or somebody cancelled it just now
                 log.warning("the end of a job cannot be stored now", job=job.id, error=str(error))
                 await asyncio.sleep(_AGAIN_S)
                 continue
@@ -195,15 +243,14 @@ class Attempts:
         deadline = time.monotonic() + self._limits.cancel_grace_s
         while (identity := Identity.parse(job.process)) is None and time.monotonic() < deadline:
             await asyncio.sleep(self._limits.poll_s)  # it is being started
-            job = await asyncio.to_thread(self._store.get, job.id)
+            job = await self._insist(self._store.get, job.id)
         if identity is not None:
             identity.send(signal.SIGTERM)
         await asyncio.sleep(max(0.0, deadline - time.monotonic()))
         log.warning("did not end in time, and is killed", job=job.id)
-        await self._kill(job)
+        await self._kill(job, identity)
 
-    async def _kill(self, job: Job) -> None:
-        identity = Identity.parse(job.process)
+    async def _kill(self, job: Job, identity: Identity | None) -> None:
         while True:
             try:
                 await asyncio.to_thread(processes.kill, self._folder(job).path, identity)
@@ -215,46 +262,12 @@ class Attempts:
     def _followed(self, job_id: str, task: asyncio.Task[None]) -> None:
         if self._following.get(job_id) is task:
             del self._following[job_id]
-        if not task.cancelled():
-            if (cancelling := self._cancelling.pop(job_id, None)) is not None:
-                cancelling.cancel()
-            if (error := task.exception()) is not None and not isinstance(error, NotFound):
-                log.error("following a job failed", job=job_id, exc_info=error)
+        if not task.cancelled() and (cancelling := self._cancelling.pop(job_id, None)) is not None:
+            cancelling.cancel()
         self._changed(job_id)
 
     def _folder(self, job: Job) -> JobFolder:
         return JobFolder(self._root / job.id)
-
-
-def _spawn(folder: JobFolder, job: Job, training_gpus: int) -> Identity:
-    """Start an attempt's process, in a session of its own: what ends this service does not end it."""
-    environment = {
-        **os.environ,
-        MARK: str(folder.path),
-        "CUDA_VISIBLE_DEVICES": ",".join(job.gpus[:training_gpus]),
-    }
-    environment[ENGINE_GPUS] = ",".join(job.gpus[training_gpus:])
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])]  # where a reward's module may be
-    )
-    environment.pop("NOTIFY_SOCKET", None)  # systemd's, of the service alone
-    with folder.output_file.open("ab") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "trainer_service.jobs.run", str(folder.path), str(job.attempt)],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            env=environment,
-            start_new_session=True,
-        )
-    # Waited for by its identity, as those of earlier services are: not by the object, which would complain.
-    process.returncode = 0
-    return Identity.of(process.pid)
-
-
-def _reap(pid: int) -> None:
-    with contextlib.suppress(ChildProcessError):  # an earlier service's
-        os.waitpid(pid, 0)
 
 
 async def _ended(task: asyncio.Task[Any] | None) -> None:

@@ -139,6 +139,7 @@ def trainer(spec: JobSpec, folder: Path, *, cpu: bool, callbacks: list[Any], rec
         args=args,
         train_dataset=dataset(spec.dataset, folder / "cache"),
         peft_config=_peft(spec),
+        lora_mode=spec.model.lora.mode if spec.model.lora is not None else "merged",
         callbacks=callbacks,
         **given,
     )

@@ -11,7 +11,8 @@ import sys
 import structlog
 
 from tandem.errors import Internal, Reason, Violation
-from trainer_service.jobs.spec import JobSpec, refusal
+from trainer_service.jobs.reading import refusal
+from trainer_service.jobs.spec import JobSpec
 
 log = structlog.get_logger(__name__)
 

@@ -1,8 +1,11 @@
-"""`python -m trainer_service.jobs.child FOLDER ATTEMPT`: the training itself, one process for each rank."""
+"""`python -m trainer_service.jobs.child FOLDER ATTEMPT`: the training itself, one process for each rank.
+
+With - in place of FOLDER and ATTEMPT it loads its libraries, and waits for a job.
+"""
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import os
 import signal
 import sys
@@ -12,18 +15,13 @@ from types import FrameType
 from typing import Any
 
 from tandem.errors import Aborted, DeadlineExceeded, InvalidArgument, TandemError, Unavailable
-from trainer_service.jobs.folder import EventLog, JobFolder, Outcome
+from trainer_service.jobs import warm
+from trainer_service.jobs.folder import FULL, EventLog, JobFolder, Outcome, is_full
+from trainer_service.jobs.stopping import TOLD, Stopped
+from trainer_service.ranks import OtherRankError
 
 #: What may go well another time, with a service that came back.
 _PASSING = (Aborted, DeadlineExceeded, Unavailable)
-
-
-#: What the job's output says when it is told to end.
-TOLD = b"told to end: the training stops, and saves, after the step that it is in\n"
-
-
-class Stopped(BaseException):
-    """The process was told to end before it trained."""
 
 
 def main(argv: list[str]) -> int:
@@ -39,22 +37,23 @@ def main(argv: list[str]) -> int:
         report.stopping = True
         os.write(2, TOLD)  # as a handler may
 
-    if single:  # of several, each would end after another step, and wait for the others for ever
+    if single:  # several are told by a file, which `Report` reads: they have to end after the same step
         signal.signal(signal.SIGTERM, stop)
     outcome, reason = Outcome.FAILED, ""
     try:
         from trainer_service.jobs.report import Report
 
-        report = Report(folder, EventLog(folder, attempt) if main_process else None)
+        events = EventLog(folder, attempt) if main_process else None
+        report = Report(folder, events, stop_file=folder.stop_file(attempt))
         _train(folder, report)
         outcome = Outcome.STOPPED if report.stopping and not _is_done(report) else Outcome.SUCCEEDED
     except Stopped:
         outcome = Outcome.STOPPED
     except BaseException as error:  # noqa: BLE001  # whatever it is, the service is told
-        traceback.print_exc()
-        outcome, reason = _failure(error)
-    sys.stdout.flush()
-    sys.stderr.flush()
+        with contextlib.suppress(OSError):  # of a full disk, to which the output goes
+            traceback.print_exc()
+        outcome, reason = _failure(error, folder)
+    _flush()
     if main_process or outcome is Outcome.FAILED:
         folder.tell_outcome(attempt, outcome, reason)
     return 0 if outcome in (Outcome.SUCCEEDED, Outcome.STOPPED) else 1
@@ -81,19 +80,42 @@ def _is_done(report: Any) -> bool:
     return bool(report.state.global_step >= report.state.max_steps)
 
 
-def _failure(error: BaseException) -> tuple[Outcome, str]:
+def _failure(error: BaseException, folder: JobFolder) -> tuple[Outcome, str]:
     """Whether another attempt may go well, and why this one did not."""
+    if is_full(error, folder.path):
+        return Outcome.FAILED, f"{FULL}: {_first_line(error)}"
     if isinstance(error, TandemError):
         passing = isinstance(error, _PASSING) and not isinstance(error, InvalidArgument)
         return Outcome.DIED if passing else Outcome.FAILED, str(error).partition("\n")[0]
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return Outcome.FAILED, "DISK_FULL: the disk of the job's folder is full"
+    if isinstance(error, OtherRankError):  # it says what the other rank does
+        return Outcome.FAILED, _first_line(error)
+    return Outcome.FAILED, f"{type(error).__name__}: {_first_line(error)}"
+
+
+def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or ["no message"]
-    return Outcome.FAILED, f"{type(error).__name__}: {lines[0]}"[:2000]
+    return lines[0][:2000]
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+
+
+def _awaited() -> list[str]:
+    """Load, wait, and then FOLDER ATTEMPT. Ends the process where no job comes."""
+    warm.load()
+    job = warm.given()
+    if job is None:
+        sys.exit(0)
+    arguments = [str(job.folder), str(job.attempt)]
+    if warm.knows_gpus():  # all of them, and not those of the job: a new program knows none yet
+        os.execv(sys.executable, [sys.executable, "-m", "trainer_service.jobs.child", *arguments])  # noqa: S606
+    return arguments
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
+    code = main(_awaited() if sys.argv[1] == warm.LATER else sys.argv[1:])
+    _flush()
     os._exit(code)  # threads of libraries that do not end would keep the process, and its GPU's memory

@@ -6,6 +6,7 @@ never waits for whoever watches it.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -25,6 +26,12 @@ _STATE = "trainer_state.json"  # what transformers writes last
 SOCKET = "i.sock"
 #: A longer line of output is cut.
 MAX_LINE_BYTES = 8 << 10
+#: Why a job failed whose checkpoint, event or output could not be written.
+FULL = "DISK_FULL: the disk of the job's folder is full"
+#: Kept on the disk, so that the end of an attempt can be told when nothing else fits there.
+_RESERVE_BYTES = 64 << 10
+#: Less than this free is a full disk, where a library says no more than that it could not write.
+_SCARCE_BYTES = 1 << 20
 
 
 class Outcome(StrEnum):
@@ -53,16 +60,22 @@ class JobFolder:
         self.path = path
         self.spec_file = path / "spec.json"
         self.events_file = path / "events.jsonl"
+        self.rollouts_file = path / "rollouts.jsonl"
         self.output_file = path / "output.log"
         self.engine_file = path / "engine.log"
         self.socket = path / SOCKET
         self.checkpoints_folder = path / "checkpoints"
+        self._reserve_file = path / "reserve"
 
     def make(self, spec: JobSpec) -> None:
         """Make it, if it is not there."""
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.checkpoints_folder.mkdir(exist_ok=True)
         _write(self.spec_file, spec.model_dump_json(exclude_none=True))
+
+    def reserve(self) -> None:
+        """Keep room for telling an outcome. Raises OSError where there is none."""
+        _write(self._reserve_file, "\n" * _RESERVE_BYTES)
 
     def spec(self) -> JobSpec:
         """The job's specification."""
@@ -73,6 +86,10 @@ class JobFolder:
         shutil.rmtree(self.path, ignore_errors=True)
         if self.path.exists():  # with the reason
             shutil.rmtree(self.path)
+
+    def stop_file(self, attempt: int) -> Path:
+        """Where it is, an attempt of several processes is to end."""
+        return self.path / f"stop-{attempt}"
 
     def checkpoints(self) -> list[Checkpoint]:
         """The complete checkpoints, the oldest first."""
@@ -105,33 +122,51 @@ class JobFolder:
 
     def tell_outcome(self, attempt: int, outcome: Outcome, reason: str = "", *, again: bool = False) -> None:
         """Say how an attempt ends. What was told first stays, unless `again`."""
-        if again or not self._outcome_file(attempt).exists():
-            _write(self._outcome_file(attempt), json.dumps({"outcome": outcome, "reason": reason}))
+        if not again and self._outcome_file(attempt).exists():
+            return
+        text = json.dumps({"outcome": outcome, "reason": reason})
+        try:
+            _write(self._outcome_file(attempt), text)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            self._reserve_file.unlink(missing_ok=True)
+            _write(self._outcome_file(attempt), text)
 
     def _outcome_file(self, attempt: int) -> Path:
         return self.path / f"outcome-{attempt}.json"
 
 
-class EventLog:
-    """Appends to a job's events, one line of JSON each. A line is written in one call, or it does not count."""
+class LineLog:
+    """Appends lines of JSON to a file. A line is written in one call, or it does not count."""
 
-    def __init__(self, folder: JobFolder, attempt: int) -> None:
-        self._attempt = attempt
+    def __init__(self, path: Path) -> None:
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-        self._descriptor = os.open(folder.events_file, flags, 0o600)
+        self._descriptor = os.open(path, flags, 0o600)
         size = os.fstat(self._descriptor).st_size
         if size and os.pread(self._descriptor, 1, size - 1) != b"\n":
             os.write(self._descriptor, b"\n")  # ends the line at which another was killed
 
-    def write(self, kind: str, body: Mapping[str, Any]) -> None:
-        """Append an event. Raises OSError where the disk is full."""
-        line = json.dumps({"kind": kind, "time": time.time(), "attempt": self._attempt, "body": body})
-        data = line.encode() + b"\n"
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Append one. Raises OSError where the disk is full."""
+        data = json.dumps(line).encode() + b"\n"
         if os.write(self._descriptor, data) != len(data):
-            raise OSError("an event was not written whole: the disk is full")
+            raise OSError(errno.ENOSPC, "a line was not written whole")
 
     def close(self) -> None:
         os.close(self._descriptor)
+
+
+class EventLog(LineLog):
+    """Appends to a job's events."""
+
+    def __init__(self, folder: JobFolder, attempt: int) -> None:
+        super().__init__(folder.events_file)
+        self._attempt = attempt
+
+    def write(self, kind: str, body: Mapping[str, Any]) -> None:
+        """Append an event. Raises OSError where the disk is full."""
+        self.append({"kind": kind, "time": time.time(), "attempt": self._attempt, "body": body})
 
 
 def read_lines(path: Path, offset: int, limit: int, *, rest: bool = False) -> tuple[list[bytes], int]:
@@ -155,11 +190,30 @@ def read_lines(path: Path, offset: int, limit: int, *, rest: bool = False) -> tu
 def _write(path: Path, text: str) -> None:
     """Wholly, or not at all."""
     aside = path.with_suffix(".new")
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    try:
+        with aside.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def is_full(error: BaseException, folder: Path | None = None) -> bool:
+    """Whether an error comes from a full disk, in whatever words. `folder` is where it was written to."""
+    cause: BaseException | None = error
+    while cause is not None:
+        text = str(cause)
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if os.strerror(errno.ENOSPC) in text:  # safetensors'
+            return True
+        if "PytorchStreamWriter" in text or "inline_container" in text:  # torch.save's, of any failure
+            return folder is not None and shutil.disk_usage(folder).free < _SCARCE_BYTES
+        cause = cause.__cause__ or cause.__context__
+    return False
 
 
 def make_private(path: Path) -> Path:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate.utils import reduce  # type: ignore[import-untyped]
 from transformers import TrainerCallback
 
 from trainer_service.jobs.folder import EventLog, JobFolder
+from trainer_service.jobs.stopping import Stopped
 
 #: Rollouts told of with each event, and the longest text of one.
 SAMPLES = 4
@@ -20,12 +25,15 @@ MAX_TEXT = 4000
 class Report(TrainerCallback):
     """Writes events, in the main process alone. It also ends the training where it was told to."""
 
-    def __init__(self, folder: JobFolder, events: EventLog | None) -> None:
+    def __init__(self, folder: JobFolder, events: EventLog | None, stop_file: Path) -> None:
+        """`events` is None in other processes than the main one, which alone looks for `stop_file`."""
         self._folder = folder
         self._events = events
+        self._stop_file = stop_file
         self._trainer: Any = None
         self._version = 0
-        self._seen: dict[str, tuple[list[Any], list[Any], list[Any]]] = {}
+        self._versions: deque[int] = deque()  # of the rows in the trainer's `_logs`
+        self._seen: dict[str, tuple[list[Any], list[Any], list[Any], int]] = {}
         #: Whether the training was told to end.
         self.stopping = False
         #: How far it came.
@@ -47,6 +55,18 @@ class Report(TrainerCallback):
             return found
 
         generation.rollouts = noted
+        if (logs := getattr(trainer, "_logs", None)) is None:
+            return
+        self._versions = deque(maxlen=logs["prompt"].maxlen)
+        generate = trainer._generate_and_score_completions
+
+        @functools.wraps(generate)
+        def kept(inputs: Any) -> Any:
+            made = generate(inputs)  # it logs what all ranks sampled in it
+            self._versions.extend([self._version] * (len(inputs) * trainer.accelerator.num_processes))
+            return made
+
+        trainer._generate_and_score_completions = kept
 
     def record(self, reward: Callable[..., Any]) -> Callable[..., Any]:
         """A reward function, whose last rollouts are kept: not every algorithm of TRL's keeps them itself."""
@@ -57,19 +77,27 @@ class Report(TrainerCallback):
         @functools.wraps(reward, updated=())
         def recorded(**given: Any) -> Any:
             values = reward(**given)
-            self._seen[name] = (given["prompts"][:SAMPLES], given["completions"][:SAMPLES], values[:SAMPLES])
+            rows = slice(SAMPLES)
+            self._seen[name] = (
+                given["prompts"][rows],
+                given["completions"][rows],
+                values[rows],
+                self._version,
+            )
             return values
 
         recorded.__name__ = name
         return recorded
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._told():
+            raise Stopped
         self.training = True
         if self._events is not None:
             self._events.write("RUN", {"step": state.global_step, "max_steps": state.max_steps})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.stopping:
+        if self._told():
             control.should_save = control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
@@ -94,16 +122,27 @@ class Report(TrainerCallback):
                 }
                 self._events.write("CHECKPOINT", body)
 
+    def _told(self) -> bool:
+        """Whether the training was told to end. All ranks ask together, and hear the same."""
+        accelerator = self._trainer.accelerator
+        if accelerator.num_processes > 1:
+            told = self.stopping or (self._events is not None and self._stop_file.exists())
+            flag = torch.tensor(int(told), device=accelerator.device)
+            self.stopping = bool(reduce(flag, "sum").item())
+        return self.stopping
+
     def _samples(self) -> list[dict[str, Any]]:
         logs = getattr(self._trainer, "_logs", None)
         if logs and logs.get("prompt"):
             rewards = {name: list(values) for name, values in logs["rewards"].items()}
             prompts, completions = list(logs["prompt"]), list(logs["completion"])
             advantages: list[Any] | None = list(logs.get("advantages", ())) or None
+            versions = list(self._versions)
+            versions = [self._version] * (len(prompts) - len(versions)) + versions
         elif self._seen:
-            prompts, completions, _ = next(iter(self._seen.values()))
-            rewards = {name: values for name, (_, _, values) in self._seen.items()}
-            advantages = None
+            prompts, completions, _, version = next(iter(self._seen.values()))
+            rewards = {name: values for name, (_, _, values, _) in self._seen.items()}
+            advantages, versions = None, [version] * len(prompts)
         else:
             return []
         found = []
@@ -113,7 +152,7 @@ class Report(TrainerCallback):
                 "prompt": _text(prompts[i]),
                 "completion": _text(completions[i]),
                 "rewards": earned,
-                "weight_version": self._version,
+                "weight_version": versions[i],
             }
             if advantages is not None and _is_number(advantages[i]):
                 sample["advantage"] = float(advantages[i])

@@ -1,11 +1,13 @@
 """`python -m trainer_service.jobs.run FOLDER ATTEMPT`: one attempt at a job. Starts what it needs, and ends it.
 
 That is the training, and the inference service if the job has one of its own. This process loads neither: it waits for
-them, and is what the trainer service watches.
+them, and is what the trainer service watches. With - in place of FOLDER and ATTEMPT it has the training's process load
+its libraries, and waits for a job.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -15,9 +17,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer_service.jobs.folder import JobFolder, Outcome
-from trainer_service.jobs.processes import wait_any
+from trainer_service.jobs.folder import FULL, JobFolder, Outcome, is_full
+from trainer_service.jobs.processes import MARK, wait_any
 from trainer_service.jobs.spec import JobSpec
+from trainer_service.jobs.stopping import TOLD
+from trainer_service.jobs.warm import LATER, Given, given
 
 #: GPUs of the engine, where they are not the training's, by their names for CUDA.
 ENGINE_GPUS = "TANDEM_JOB_ENGINE_GPUS"
@@ -26,14 +30,19 @@ _STOP_S = 15.0
 _WRONG = 2
 #: Variables of Tandem's that the engine must not take for its settings.
 _PREFIX = "TANDEM_"
-_KEPT = ("TANDEM_JOB",)
+_KEPT = (MARK,)
+#: The rank that PEFT takes where none is given, and those that vLLM makes room for.
+_PEFT_RANK = 8
+_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+_UNBUFFERED = {"PYTHONUNBUFFERED": "1"}
 
 
 class Attempt:
     """The processes of one attempt."""
 
-    def __init__(self, folder: JobFolder, attempt: int) -> None:
-        self._folder, self._attempt = folder, attempt
+    def __init__(self, folder: JobFolder, attempt: int, ready: subprocess.Popen[bytes] | None = None) -> None:
+        """`ready` is a process that waits to be the training."""
+        self._folder, self._attempt, self._ready = folder, attempt, ready
         self._spec = folder.spec()
         self._stopping = False
         self._child: subprocess.Popen[bytes] | None = None
@@ -42,11 +51,15 @@ class Attempt:
         """Do it. How it ended is told in the folder."""
         signal.signal(signal.SIGTERM, self._stop)
         self._folder.drop_incomplete()
+        try:
+            self._folder.reserve()
+        except OSError as error:
+            self._folder.tell_outcome(self._attempt, Outcome.FAILED, f"{FULL if is_full(error) else error}")
+            return
         engine = self._start_engine() if self._spec.inference.managed is not None else None
-        child = _spawn(self._training(), self._folder.output_file, os.environ | self._environment())
-        self._child = child
+        child = self._child = self._start_training()
         if self._stopping:  # told before there was one
-            child.terminate()
+            self._tell()
         started = [process for process in (child, engine) if process is not None]
         descriptors = [os.pidfd_open(process.pid) for process in started]
         wait_any(descriptors)
@@ -56,6 +69,7 @@ class Attempt:
         code = child.wait()
         if engine is not None:
             _end(engine)
+        self._folder.drop_incomplete()  # what is half written is of no use, and the disk may be full of it
         if code < 0 and not self._stopping:
             why = f"its training was killed by {signal.Signals(-code).name}"
             self._folder.tell_outcome(self._attempt, Outcome.DIED, why)
@@ -67,12 +81,31 @@ class Attempt:
     def _stop(self, number: int, frame: Any) -> None:
         self._stopping = True
         if self._child is not None and self._child.returncode is None:
-            self._child.terminate()
+            self._tell()
+
+    def _tell(self) -> None:
+        """Tell the training to end."""
+        if not self._spec.hardware.launched:
+            self._child.terminate()  # type: ignore[union-attr]  # it is there
+            return
+        # Not by a signal: the launcher would end the ranks, and each would hear it in another step.
+        with contextlib.suppress(OSError):
+            self._folder.stop_file(self._attempt).touch()
+        os.write(2, TOLD)
+
+    def _start_training(self) -> subprocess.Popen[bytes]:
+        if self._ready is not None and self._ready.stdin is not None:
+            own = {name: os.environ[name] for name in (MARK, "CUDA_VISIBLE_DEVICES")}
+            job = Given(self._folder.path, self._attempt, own | dict(self._environment()))
+            with contextlib.suppress(BrokenPipeError), self._ready.stdin as pipe:
+                pipe.write(job.line())
+            return self._ready  # if it has ended, that is seen as of any other
+        return _spawn(self._training(), self._folder.output_file, os.environ | self._environment())
 
     def _training(self) -> list[str]:
         module = ["trainer_service.jobs.child", str(self._folder.path), str(self._attempt)]
         hardware = self._spec.hardware
-        if hardware.processes == 1 and hardware.accelerate_config is None:
+        if not hardware.launched:
             return [sys.executable, "-m", *module]
         flags = [f"--num_processes={hardware.processes}", "--num_machines=1", "--main_process_port=0"]
         if hardware.accelerate_config is not None:
@@ -116,11 +149,21 @@ def engine_command(spec: JobSpec, folder: JobFolder) -> list[str]:
     engine = (
         {"dtype": spec.model.dtype}
         | ({"revision": spec.model.revision} if spec.model.revision else {})
+        | _adapter_options(spec)
         | engine
     )
     if spec.algorithm in ("nash_md", "xpo"):
         flags.append(f"--reference-model={spec.model.path}")
     return [sys.executable, "-m", "inference_service", *flags, f"--engine={json.dumps(engine)}"]
+
+
+def _adapter_options(spec: JobSpec) -> dict[str, Any]:
+    """What the engine needs for a policy's adapter beside its weights."""
+    lora = spec.model.lora
+    if lora is None or lora.mode != "adapter":
+        return {}
+    rank = lora.rank or _PEFT_RANK
+    return {"enable_lora": True, "max_lora_rank": next((r for r in _VLLM_RANKS if r >= rank), rank)}
 
 
 def _spawn(command: list[str], output: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
@@ -130,7 +173,7 @@ def _spawn(command: list[str], output: Path, environment: Mapping[str, str]) -> 
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,
-            env={**environment, "PYTHONUNBUFFERED": "1"},
+            env={**environment, **_UNBUFFERED},
             process_group=0,
         )
 
@@ -144,5 +187,25 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
+def _stand_by() -> None:
+    """Have a training load, and run it for the job that comes. Ends with the service, or with the training."""
+    ready = subprocess.Popen(
+        [sys.executable, "-m", "trainer_service.jobs.child", LATER],
+        stdin=subprocess.PIPE,
+        env=os.environ | _UNBUFFERED,
+        process_group=0,
+    )
+    wait_any([0, os.pidfd_open(ready.pid)])
+    job = given() if ready.poll() is None else None
+    if job is not None:
+        Attempt(JobFolder(job.folder), job.attempt, ready).run()
+    else:
+        ready.kill()
+        ready.wait()
+
+
 if __name__ == "__main__":
-    Attempt(JobFolder(Path(sys.argv[1])), int(sys.argv[2])).run()
+    if sys.argv[1] == LATER:
+        _stand_by()
+    else:
+        Attempt(JobFolder(Path(sys.argv[1])), int(sys.argv[2])).run()

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
 
-from tandem.errors import FailedPrecondition, NotFound, Reason, ResourceExhausted, invalid
+from tandem.errors import FailedPrecondition, NotFound, Reason, ResourceExhausted, Unavailable, invalid
 from trainer_service.jobs import tables
 from trainer_service.jobs.lock import FileLock
 from trainer_service.jobs.spec import JobSpec
@@ -22,6 +22,7 @@ from trainer_service.jobs.store import Event, EventKind, Job, Offsets, Store
 _FULL = ("database or disk is full", "disk i/o error", "no space left", "53100")
 _LOCK_KEY = 0x7461_6E64_656D  # of PostgreSQL's advisory lock: "tandem"
 _BUSY_S = 30.0
+_RETRY_S = 1.0
 
 
 class SqlStore(Store):
@@ -107,6 +108,12 @@ class SqlStore(Store):
             query = query.limit(limit)
         with _told(), self._reading() as connection:
             return [_job(row) for row in connection.execute(query)]
+
+    def count(self) -> dict[JobState, int]:
+        query = sa.select(tables.jobs.c.state, sa.func.count()).group_by(tables.jobs.c.state)
+        with _told(), self._reading() as connection:
+            found = {JobState(state): count for state, count in connection.execute(query)}
+        return {state: found.get(state, 0) for state in JobState}
 
     def move(self, job_id: str, move: Move, reason: str = "", **changes: Any) -> Job:
         with _told(), self._engine.begin() as connection:
@@ -229,7 +236,8 @@ def _row(connection: sa.Connection, job_id: str, *, lock: bool = False) -> sa.Ro
 def _requested(connection: sa.Connection, request_id: str, stored: dict[str, Any]) -> sa.Row[Any] | None:
     query = sa.select(tables.jobs).where(tables.jobs.c.request_id == request_id)
     row = connection.execute(query).one_or_none()
-    if row is not None and row.spec != stored:
+    # Read, since fields may have been added to what was stored before.
+    if row is not None and JobSpec.model_validate(row.spec) != JobSpec.model_validate(stored):
         raise invalid("request_id", f"{request_id!r} made another job before, {row.id}")
     return row
 
@@ -254,7 +262,7 @@ def _job(row: sa.Row[Any]) -> Job:
 
 @contextlib.contextmanager
 def _told() -> Iterator[None]:
-    """A full disk as an error that says so. The transaction was rolled back by then."""
+    """What the database says as an error of ours. The transaction was rolled back by then."""
     try:
         yield
     except DBAPIError as error:
@@ -262,5 +270,12 @@ def _told() -> Iterator[None]:
         if any(sign in text for sign in _FULL):
             raise ResourceExhausted(
                 Reason.DISK_FULL, "the disk of the store is full: nothing was changed"
+            ) from error
+        if isinstance(
+            error, OperationalError | InterfaceError
+        ):  # it is locked for long, restarts, cannot be reached
+            said = " ".join(str(error.orig).split())[:500]
+            raise Unavailable(
+                Reason.UNREACHABLE, f"the store does not answer: {said}", retry_after=_RETRY_S
             ) from error
         raise

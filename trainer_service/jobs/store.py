@@ -78,6 +78,7 @@ class Store(ABC):
 
     * NotFound: JOB_NOT_FOUND.
     * ResourceExhausted: DISK_FULL, and nothing changed.
+    * Unavailable: UNREACHABLE, the database does not answer.
     """
 
     @abstractmethod
@@ -125,6 +126,10 @@ class Store(ABC):
             limit: at most so many; 0 is all.
             before: only jobs of smaller numbers; 0 is all.
         """
+
+    @abstractmethod
+    def count(self) -> dict[JobState, int]:
+        """How many jobs there are in each state."""
 
     @abstractmethod
     def move(self, job_id: str, move: Move, reason: str = "", **changes: Any) -> Job:

@@ -23,7 +23,8 @@ from trainer_service.jobs.attempts import Attempts, Limits
 from trainer_service.jobs.checker import Checker
 from trainer_service.jobs.feed import Feed
 from trainer_service.jobs.folder import SOCKET, Checkpoint, JobFolder
-from trainer_service.jobs.spec import JobSpec, refusal
+from trainer_service.jobs.reading import refusal
+from trainer_service.jobs.spec import JobSpec
 from trainer_service.jobs.states import ACTIVE, WAITING, JobState, Move
 from trainer_service.jobs.store import Job, Store
 
@@ -63,6 +64,7 @@ class Supervisor:
 
     async def start(self) -> None:
         """Find the jobs of an earlier service, and go on with all of them."""
+        self._attempts.standbys.start()
         for job in await self._find(ACTIVE | {JobState.DELETING}):
             if job.state is JobState.DELETING:
                 self._keep(asyncio.create_task(self._remove(job.id)))
@@ -149,11 +151,18 @@ class Supervisor:
         return JobFolder(self._root / job_id)
 
     async def _remove(self, job_id: str) -> None:
-        with contextlib.suppress(NotFound):  # somebody else deleted it at the same time
-            job = await self.get(job_id)
-            await self._attempts.abandon(job)
-            await asyncio.to_thread(self.folder(job_id).remove)
-            await asyncio.to_thread(self._store.delete, job_id)
+        while True:
+            try:
+                job = await self.get(job_id)
+                await self._attempts.abandon(job)
+                await asyncio.to_thread(self.folder(job_id).remove)
+                await asyncio.to_thread(self._store.delete, job_id)
+                break
+            except NotFound:  # somebody else deleted it at the same time
+                break
+            except (TandemError, OSError) as error:
+                log.warning("a job cannot be removed now", job=job_id, error=str(error))
+                await asyncio.sleep(_LOOK_S)
         self._changed(job_id)
 
     async def _schedule(self) -> None:
@@ -164,6 +173,8 @@ class Supervisor:
                 await self._start_some()
             except (TandemError, OSError) as error:
                 log.warning("cannot start jobs now", error=str(error))
+            except Exception as error:  # the other jobs have their turn all the same
+                log.error("starting jobs failed, and goes on", exc_info=error)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), _LOOK_S)
 

@@ -20,6 +20,8 @@ log = structlog.get_logger(__name__)
 _LIMIT = 256 << 10
 _RUN = "RUN"
 _KINDS = frozenset(EventKind)
+#: What is read of an event here.
+_NEEDED = {_RUN: frozenset({"max_steps"}), EventKind.METRICS: frozenset({"step", "max_steps", "epoch"})}
 
 
 def ingest(store: Store, folder: JobFolder, job: Job, *, rest: bool = False) -> tuple[Job, bool]:
@@ -76,11 +78,12 @@ def _output(path: Path, offset: int, rest: bool) -> tuple[list[str], int]:
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
-    """An event of the file, or None where its writer was killed within the line."""
+    """An event of the file, or None where its writer was killed within the line, or was not ours."""
     try:
         record: dict[str, Any] = json.loads(line)
         known = {"kind", "time", "attempt", "body"} <= record.keys()
-    except (ValueError, AttributeError):
+        known = known and _NEEDED.get(record["kind"], frozenset()) <= record["body"].keys()
+    except (ValueError, AttributeError, TypeError):
         known = False
     if not known:
         log.warning("an event was not written whole", line=line[:200])
