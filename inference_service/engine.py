@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 
 import structlog
 
+from inference_service.halt import halted
 from inference_service.launch import Launched, launch
 from inference_service.loras import Loras, Shapes
 from inference_service.rendering import rendered
@@ -149,8 +150,12 @@ class Engine:
         task.add_done_callback(self._ending.discard)
         await asyncio.shield(task)
 
-    async def pause(self, who: str, mode: PauseMode = "keep", clear_cache: bool = True) -> None:
+    async def pause(
+        self, who: str, mode: PauseMode = "keep", clear_cache: bool = True, *, settle: bool = False
+    ) -> None:
         """Stop generation until `who` resumes. Returns once nothing runs and what ran has been handed over.
+
+        With `settle` also once every kernel of the workers is done.
 
         Raises:
             Aborted: LEASE_HELD, somebody else holds generation, and letting rollouts run on or ending them would
@@ -158,8 +163,10 @@ class Engine:
         """
         if mode == "wait":
             await self._run_out(who, clear_cache)
+            if settle:
+                await self.call_workers("tandem_settle")
         else:
-            await self._controlled(self._pause(who, mode, clear_cache))
+            await self._controlled(self._pause(who, mode, clear_cache, settle))
 
     def held_by(self, who: str) -> bool:
         """Whether `who` holds generation."""
@@ -172,14 +179,15 @@ class Engine:
                 f"generation is stopped by {min(self._pausers - {who})}: use KEEP, or later",
             )
 
-    async def _pause(self, who: str, mode: PauseMode, clear_cache: bool) -> None:
+    async def _pause(self, who: str, mode: PauseMode, clear_cache: bool, settle: bool) -> None:
         self._check_alone(who, mode)
         self._overtake()
         held = who in self._pausers
         self._pausers.add(who)
         try:
             # Not AsyncLLM.pause_generation: it sleeps for 20 ms to let outputs arrive, where `_drain` waits for them.
-            await self.llm.engine_core.pause_scheduler_async(mode=mode, clear_cache=clear_cache)
+            pausing = self.llm.engine_core.pause_scheduler_async(mode=mode, clear_cache=clear_cache)
+            await (halted(self.llm, pausing, self._timeout_s) if settle else pausing)
             await self._drain()
         except BaseException:  # a caller that left, most of all: generation is as it was before
             if not held:

@@ -49,8 +49,8 @@ class Update:
         self._stopped_at = time.perf_counter()
         # A torn engine was stopped when it tore. Stopping it anew, and failing to, would start it.
         if not self._policy.torn:
-            await self._policy.engine.pause(_UPDATE, self._in_flight, clear_cache=True)
-        await self._policy.arenas.settle()
+            on_device = bool(self._policy.arenas.gpus)
+            await self._policy.engine.pause(_UPDATE, self._in_flight, settle=on_device)
 
     def start_writing(self) -> None:
         """From here on a failure leaves a mix."""

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import uuid
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,7 +57,9 @@ class IdleEngine:
     def paused(self) -> bool:
         return bool(self.holders)
 
-    async def pause(self, who: str, mode: str = "keep", clear_cache: bool = True) -> None:
+    async def pause(
+        self, who: str, mode: str = "keep", clear_cache: bool = True, *, settle: bool = False
+    ) -> None:
         self.holders.add(who)
 
     async def resume(self, who: str) -> None:
@@ -86,8 +89,13 @@ def engine_arenas(model: nn.Module) -> HostArenas:
     return HostArenas([Arena.create("engine", offset)], placements)
 
 
-async def serve(address: str, lease_timeout_s: float) -> None:
-    arenas = engine_arenas(network())
+async def serve(
+    address: str,
+    lease_timeout_s: float,
+    model: Callable[[], nn.Module] = network,
+    max_chunk_bytes: int = 1 << 12,
+) -> None:
+    arenas = engine_arenas(model())
     policy = Policy(IdleEngine(arenas), arenas)  # type: ignore[arg-type]
     sessions = Sessions(arenas)
     await sessions.start()
@@ -96,7 +104,7 @@ async def serve(address: str, lease_timeout_s: float) -> None:
     serving = Serving(ServingConfig(addresses=(address,), handle_signals=False, grace_s=0))
     serving.add(
         weights_pb2_grpc.add_WeightServiceServicer_to_server,
-        WeightServicer(host, lease_timeout_s, 1 << 12),
+        WeightServicer(host, lease_timeout_s, max_chunk_bytes),
         "tandem.weights.v1.WeightService",
         long_lived=["WatchWeightVersion"],
     )

@@ -55,7 +55,9 @@ class Engine:
         self.hanging: dict[str, tuple[asyncio.Event, asyncio.Event]] = {}
         self.llm = self
 
-    async def pause(self, who: str, mode: str = "keep", clear_cache: bool = True) -> None:
+    async def pause(
+        self, who: str, mode: str = "keep", clear_cache: bool = True, *, settle: bool = False
+    ) -> None:
         self.holders.add(who)
         try:
             await self.step(f"pause {mode}")
