@@ -27,7 +27,7 @@ RANK = """
     address, folder = sys.argv[1], Path(sys.argv[2])
 
     class Client(InferenceClient):
-        def generate(self, groups, sampling, logprobs, lora):
+        def generate(self, groups, sampling, logprobs, **_):
             version = self.get_model().weight_version
             if version == 1:
                 (folder / "seen").touch()

@@ -57,7 +57,7 @@ class RecordingClient:
     def wait_until_serving(self, timeout_s: float, **_: Any) -> pb.GetModelResponse:
         return pb.GetModelResponse(max_model_len=64, logprobs_mode="processed_logprobs")
 
-    def generate(self, groups: list[Any], sampling: Any, logprobs: bool, lora: str) -> list[list[pb.Rollout]]:
+    def generate(self, groups: list[Any], sampling: Any, logprobs: bool, **_: Any) -> list[list[pb.Rollout]]:
         self.prompts += [list(group.token_ids) for group in groups]
         return [
             [pb.Rollout(token_ids=[100 + group.token_ids[0]], logprobs=[-1.0])] * group.n for group in groups
