@@ -193,6 +193,9 @@ class RemoteGeneration(VLLMGeneration):
                 metrics["tandem/sync_ms"] = [update.seconds * 1e3 for update in new]
                 metrics["tandem/bytes_moved"] = [float(update.nbytes) for update in new]
             metrics["tandem/weight_version"] = [float(self.weights.weight_version)]
+            if self.weights.transport:  # a figure has no text: the name tells, and its value is 1
+                metrics[f"tandem/transport/{self.weights.transport}"] = [1.0]
+                metrics["tandem/aliased"] = [float(self.weights.aliased)]
         if self.accelerator.device.type == "cuda":  # of the whole device, which the engine may share
             free, total = torch.cuda.mem_get_info(self.accelerator.device)
             metrics["tandem/gpu_memory_gib"] = [(total - free) / 2**30]

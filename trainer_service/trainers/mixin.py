@@ -175,6 +175,15 @@ class RemoteMixin(_Trainer):
                 self.policy_weights.abandon(f"training raised {type(error).__name__}")
             raise
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's. torch-optimi's, where triton is installed, would use it on a CPU too, which has no kernels of it."""
+        optimizer: Any = super().create_optimizer(*args, **kwargs)
+        if self.accelerator.device.type == "cpu":
+            for group in getattr(optimizer, "param_groups", ()):
+                if "triton" in group:
+                    group["triton"] = False
+        return optimizer
+
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         with self.updating_weights():
             return super()._load_from_checkpoint(*args, **kwargs)
