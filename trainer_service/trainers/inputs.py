@@ -10,6 +10,7 @@ import torch
 from tandem.errors import invalid
 from trainer_service.rewards import check_rows
 from trainer_service.rewards.checks import name_of
+from trainer_service.trainers.agreement import agree, held
 
 
 def check_config(args: Any, expected: type) -> None:
@@ -64,10 +65,19 @@ def check_noted(functions: list[Any]) -> None:
 class RewardedMixin:
     """For trainers whose `_calculate_rewards` gathers the rewards of all ranks: GRPO and RLOO."""
 
+    accelerator: Any
     reward_func_names: list[str]
     reward_funcs: list[Any]
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
-        rewards = cast(Any, super())._calculate_rewards(*args, **kwargs)
+        failures: list[Exception] = []
+        functions = self.reward_funcs
+        if self.accelerator.num_processes > 1:  # TRL's gathers at its end, which every rank has to reach
+            self.reward_funcs = held(functions, failures)
+        try:
+            rewards = cast(Any, super())._calculate_rewards(*args, **kwargs)
+        finally:
+            self.reward_funcs = functions
+        agree(self.accelerator, failures[0] if failures else None)
         check_rows(rewards, self.reward_func_names, self.reward_funcs)
         return rewards

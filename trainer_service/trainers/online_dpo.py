@@ -10,6 +10,7 @@ import torch
 from tandem.errors import invalid
 from trainer_service._trl_experimental import OnlineDPOConfig, TrlOnlineDPOTrainer
 from trainer_service.rewards import JudgeReward, PairwiseJudge, prepared
+from trainer_service.trainers.agreement import agree
 from trainer_service.trainers.inputs import Noted, check_config, check_noted, columns_of
 from trainer_service.trainers.mixin import replaced
 from trainer_service.trainers.pairs import PairMixin, check_schedule
@@ -125,8 +126,13 @@ class OnlineDPOTrainer(PairMixin, TrlOnlineDPOTrainer):  # type: ignore[misc]  #
             return super().training_step(model, inputs, num_items_in_batch)
 
     def _calculate_rewards_from_functions(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        rewards = cast(Any, super())._calculate_rewards_from_functions(*args, **kwargs)
-        check_noted(self.reward_funcs)
+        rewards, failure = None, None
+        try:
+            rewards = cast(Any, super())._calculate_rewards_from_functions(*args, **kwargs)
+            check_noted(self.reward_funcs)
+        except Exception as error:  # noqa: BLE001  # raised by `agree`
+            failure = error
+        agree(self.accelerator, failure)
         return cast(torch.Tensor, rewards)
 
     def _generate(self, model: torch.nn.Module, prompts: list[Any], images: list[Any] | None = None) -> Any:
