@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -17,8 +17,8 @@ import structlog
 from inference_service.halt import halted
 from inference_service.launch import Launched, launch
 from inference_service.loras import Loras, Shapes
-from inference_service.rendering import rendered
-from tandem.errors import Aborted, FailedPrecondition, Reason, Unavailable, invalid
+from inference_service.tokenizing import Tokenizing
+from tandem.errors import Aborted, FailedPrecondition, Reason, Unavailable
 
 log = structlog.get_logger(__name__)
 
@@ -26,6 +26,7 @@ PauseMode = Literal["keep", "wait", "abort"]
 
 _WORKERS_S = 300.0
 _SLEEP = "sleep"  # who holds generation while the engine sleeps
+_GATHERING = "gathering"  # who holds it for the moment in which requests come in: nobody is told
 _DEATH_S = 0.25  # how soon a control call notices that the engine died
 
 T = TypeVar("T")
@@ -40,7 +41,7 @@ class _Wait:
     drained: asyncio.Future[None] | None = None  # vLLM's answer
 
 
-class Engine:
+class Engine(Tokenizing):
     """One AsyncLLM with its worker processes. Make it with `start`, end it with `stop`.
 
     Raised by any method: Unavailable(ENGINE_DEAD) once a process of the engine has died, which is for good.
@@ -54,6 +55,7 @@ class Engine:
             timeout_s: seconds after which an engine that answers no control call is taken for dead. Loading weights
                 may take longer.
         """
+        super().__init__()
         self.llm = launched.llm
         self.info = launched.info
         self.stats = launched.stats
@@ -67,7 +69,6 @@ class Engine:
         self._wait: _Wait | None = None
         self._waiting = asyncio.Lock()  # one pause waits for rollouts at a time
         self._ending: set[asyncio.Task[None]] = set()
-        self._tokenizing = ThreadPoolExecutor(1, "tokenizer")  # fast tokenizers aren't safe in two threads
 
     @classmethod
     async def start(
@@ -84,7 +85,7 @@ class Engine:
     def stop(self) -> None:
         """End the engine's processes. Blocks for a few seconds."""
         self._stopped = True
-        self._tokenizing.shutdown(wait=False, cancel_futures=True)
+        self.stop_tokenizing()
         self.loras.close()
         self.llm.shutdown()
         self.llm = None  # now, while Python still works: vLLM's __del__ fails at the interpreter's end
@@ -97,7 +98,7 @@ class Engine:
     @property
     def paused(self) -> bool:
         """Whether anybody holds generation."""
-        return bool(self._pausers)
+        return bool(self._pausers - {_GATHERING})
 
     async def _controlled(self, work: Coroutine[Any, Any, T], seconds: float | None = None) -> T:
         """Do `work`, which makes control calls, when no other such work is being done.
@@ -168,16 +169,37 @@ class Engine:
         else:
             await self._controlled(self._pause(who, mode, clear_cache, settle))
 
+    @asynccontextmanager
+    async def gathering(self) -> AsyncGenerator[None, None]:
+        """Goes around adding requests that shall begin together, so that their batches are the same each time.
+
+        What a request is computed beside changes its rounding errors. Where others run, there is no telling beside
+        whom, and they are not stopped.
+        """
+        if self.load() != (0, 0) or self._pausers or self._wait is not None:
+            yield
+            return
+        self._pausers.add(_GATHERING)
+        try:
+            await self._controlled(self._settle())
+            yield
+        finally:
+            if not self.dead:
+                await self._to_its_end(self._controlled(self._gathered()))
+
+    async def _gathered(self) -> None:
+        self._pausers.discard(_GATHERING)
+        if self._wait is None:  # else who waits has told the scheduler what to do
+            await self._settle()
+
     def held_by(self, who: str) -> bool:
         """Whether `who` holds generation."""
         return who in self._pausers
 
     def _check_alone(self, who: str, mode: PauseMode) -> None:
-        if self._pausers - {who} and mode != "keep":
-            raise Aborted(
-                Reason.LEASE_HELD,
-                f"generation is stopped by {min(self._pausers - {who})}: use KEEP, or later",
-            )
+        others = self._pausers - {who, _GATHERING}
+        if others and mode != "keep":
+            raise Aborted(Reason.LEASE_HELD, f"generation is stopped by {min(others)}: use KEEP, or later")
 
     async def _pause(self, who: str, mode: PauseMode, clear_cache: bool, settle: bool) -> None:
         self._check_alone(who, mode)
@@ -353,48 +375,6 @@ class Engine:
     async def unload_lora(self, name: str) -> None:
         """Forget an adapter. Raises as `Loras.get` does."""
         await self._controlled(self.loras.unload(name))
-
-    async def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with the tokenizer's special tokens."""
-        return await self._in_tokenizer(lambda t: t(text)["input_ids"])
-
-    async def render(
-        self,
-        messages: list[dict[str, Any]],
-        variables: dict[str, Any],
-        *,
-        template: str | None = None,
-        tools: list[dict[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-    ) -> list[int]:
-        """Token ids of a chat.
-
-        Args:
-            variables: further ones of the template.
-            template: a Jinja template in place of the tokenizer's.
-            tools: JSON schemas.
-            add_generation_prompt: whether the assistant's turn is opened at the end.
-
-        Raises:
-            InvalidArgument: the template refuses the chat, or there is none. Names "template" where the caller's
-                fails, "template_kwargs" where a variable is none, else "".
-        """
-        return await self._in_tokenizer(
-            lambda tokenizer: rendered(
-                tokenizer,
-                messages,
-                variables,
-                template=template,
-                tools=tools or None,
-                add_generation_prompt=add_generation_prompt,
-            )
-        )
-
-    async def _in_tokenizer(self, call: Any) -> list[int]:
-        tokenizer = self.llm.get_tokenizer()
-        if tokenizer is None:
-            raise invalid("prompts", "the engine was started without a tokenizer: send token ids")
-        return list(await asyncio.get_running_loop().run_in_executor(self._tokenizing, call, tokenizer))
 
 
 def _dead() -> Unavailable:

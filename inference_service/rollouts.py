@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import ExitStack, aclosing
+from contextlib import ExitStack, aclosing, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -127,7 +127,9 @@ class Rollouts:
         ready: list[Piece] = []
         some = asyncio.Event()
         room = asyncio.Semaphore(_READY)
-        entering = asyncio.Semaphore(_TURN)
+        seeded = len(requests) > 1 and requests[0].seed is not None
+        # Who gives seeds wants the same again: in the same batches, in the same order.
+        entering = _Entrance(1 if seeded else _TURN, len(requests))
 
         async def one(request: Request) -> None:
             async with aclosing(self._one(request, entering)) as pieces:
@@ -136,10 +138,20 @@ class Rollouts:
                     ready.append(piece)
                     some.set()
 
-        tasks = [asyncio.ensure_future(one(request)) for request in requests]
-        everything = asyncio.gather(*tasks)
-        everything.add_done_callback(lambda _: some.set())
+        tasks: list[asyncio.Future[None]] = []
+        everything: asyncio.Future[Any] = asyncio.Future()
+
+        def ended(_: Any) -> None:
+            some.set()
+            entering.passed.set()
+
         try:
+            async with self._engine.gathering() if seeded else nullcontext():
+                tasks += [asyncio.ensure_future(one(request)) for request in requests]
+                everything = asyncio.gather(*tasks)
+                everything.add_done_callback(ended)
+                if seeded:
+                    await entering.passed.wait()
             while ready or not everything.done():
                 await some.wait()
                 some.clear()
@@ -159,7 +171,7 @@ class Rollouts:
         A request whose prefill an update cut in two, or a pause ended, is scored again: no score is of two versions.
         """
 
-        entering = asyncio.Semaphore(_TURN)
+        entering = _Entrance(_TURN, len(requests))
 
         async def one(request: Request) -> tuple[int, Any, int]:
             for attempt in range(8):
@@ -178,7 +190,7 @@ class Rollouts:
         finally:
             await _end(tasks)
 
-    async def _one(self, request: Request, entering: asyncio.Semaphore) -> AsyncGenerator[Piece, None]:
+    async def _one(self, request: Request, entering: _Entrance) -> AsyncGenerator[Piece, None]:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         track = self._running[request.id] = Track(one_version=request.one_version, marks=[(0, self._version)])
@@ -232,6 +244,24 @@ class Rollouts:
             if refused is None:
                 raise
             raise refused from error
+
+
+class _Entrance:
+    """Where the requests of a call enter the engine, a few at a time."""
+
+    def __init__(self, width: int, count: int) -> None:
+        self.passed = asyncio.Event()  # by all
+        self._room = asyncio.Semaphore(width)
+        self._left = count
+
+    async def __aenter__(self) -> None:
+        await self._room.acquire()
+
+    async def __aexit__(self, *_: object) -> None:
+        self._room.release()
+        self._left -= 1
+        if self._left == 0:
+            self.passed.set()
 
 
 async def _end(tasks: Sequence[asyncio.Future[Any]]) -> None:

@@ -21,13 +21,13 @@ from tandem.inference.v1 import inference_pb2 as pb
 from trainer_service._trl import VLLMGeneration
 from trainer_service.client import WRITABLE, Group, InferenceClient, is_gone
 from trainer_service.sampling import sampling_params
+from trainer_service.seeds import Call, Numbering
 from trainer_service.shards import Gathering
-from trainer_service.weights import ATTEMPTS, PolicyWeights
+from trainer_service.updates import ATTEMPTS
+from trainer_service.weights import PolicyWeights
 
 logger = logging.getLogger(__name__)
 
-#: Rollouts of one rank stay apart from those of the next by this much, where a seed is set.
-SEEDS_PER_RANK = 2**32
 #: The adapter that is the policy is not there in an engine that was started again.
 _TRY_AGAIN = (Reason.QUEUE_FULL, Reason.BASE_VERSION_MISMATCH, Reason.LORA_NOT_FOUND)
 
@@ -49,6 +49,8 @@ class RemoteGeneration(VLLMGeneration):
         weights: PolicyWeights | None,
         gathering: Gathering | None = None,
         lora: str = "",
+        seed: int | None = None,
+        numbering: Numbering | None = None,
         **kwargs: Any,
     ):
         """Arguments are VLLMGeneration's, and:
@@ -57,11 +59,15 @@ class RemoteGeneration(VLLMGeneration):
         weights: set in the main process only.
         gathering: how ranks read a model together that is spread over them.
         lora: the engine's adapter that is the policy, where its weights are not.
+        seed: of all rollouts. `generation_kwargs` may have another, or None to draw what nobody can draw again.
+        numbering: of the calls for rollouts, from which and the seed each has its own.
         """
         self.client = client
         self.weights = weights
         self.gathering = gathering
         self.lora = lora
+        self.seed = seed
+        self.numbering = numbering or Numbering()
         self.calls = 0
         self._version = 0  # what the last sync committed
         self._metrics: dict[str, list[float]] = defaultdict(list)
@@ -176,7 +182,8 @@ class RemoteGeneration(VLLMGeneration):
         if self.enable_sleep_mode:
             self.client.wake_up()
         done: dict[int, pb.Rollout] = {}
-        for members, group in zip(rows, self._generate(groups, self._sampling(values)), strict=True):
+        sampling = self._sampling(values, self.numbering.next())
+        for members, group in zip(rows, self._generate(groups, sampling), strict=True):
             done |= zip(members, group, strict=True)
         self.calls += 1
         tokens = sum(len(rollout.token_ids) for rollout in done.values())
@@ -284,11 +291,12 @@ class RemoteGeneration(VLLMGeneration):
     def _wants_logprobs(self) -> bool:
         return self._values()["logprobs"] is not None
 
-    def _sampling(self, values: Mapping[str, Any] | None = None) -> pb.SamplingParams:
-        params = sampling_params(self._values() | dict(values or {}))
-        if params.HasField("seed"):
-            # Rollouts of one group may be on several ranks: equal seeds would make them equal.
-            params.seed += self.accelerator.process_index * SEEDS_PER_RANK
+    def _sampling(
+        self, values: Mapping[str, Any] | None = None, call: Call | None = None
+    ) -> pb.SamplingParams:
+        params = sampling_params({"seed": self.seed} | self._values() | dict(values or {}))
+        if call is not None and params.HasField("seed"):
+            params.seed = call.seed(params.seed, self.accelerator.process_index)
         return params
 
 

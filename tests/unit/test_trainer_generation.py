@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from tandem.errors import (
@@ -23,7 +25,8 @@ from tandem.errors import (
 )
 from tandem.inference.v1 import inference_pb2 as pb
 from trainer_service.client import Group
-from trainer_service.generation import SEEDS_PER_RANK, RemoteGeneration
+from trainer_service.generation import RemoteGeneration
+from trainer_service.seeds import Call, Numbering
 
 ACCELERATOR = Accelerator(cpu=True)
 
@@ -148,16 +151,47 @@ def test_unknown_generation_kwargs_are_told_at_once() -> None:
         generation(Service(), generation_kwargs={"use_beam_search": True})
 
 
-def test_ranks_sample_with_seeds_of_their_own() -> None:
+def test_each_call_has_a_seed_of_its_own_that_a_resumed_run_has_too() -> None:
     class Rank(Accelerator):
         process_index = 2
 
+    def seeds(places: list[tuple[int, bool]], **options: Any) -> list[int]:
+        service, here = Service(), iter(places)
+        made = RemoteGeneration(
+            None,
+            Rank(cpu=True),
+            None,
+            client=service,
+            weights=None,
+            **{"seed": 5, "numbering": Numbering(lambda: next(here))} | options,
+        )
+        for _ in places:
+            made.generate([[1]], None, 1)
+        return [call[1].seed for call in service.calls]
+
+    whole = seeds([(0, False), (0, False), (1, False), (1, True), (1, False), (2, False)])
+    assert len(set(whole)) == 6
+    assert whole[:2] == [Call(0, 0).seed(5, 2), Call(0, 1).seed(5, 2)]
+    assert seeds([(1, False), (1, False), (2, False)]) == [whole[2], *whole[4:]], "without what was evaluated"
+    assert seeds([(0, False)], generation_kwargs={"seed": 6}) == [Call(0, 0).seed(6, 2)]
+    assert seeds([(0, False)], seed=None) == seeds([(0, False)], generation_kwargs={"seed": None}) == [0]
+
+
+def test_a_call_that_is_tried_again_keeps_its_seed() -> None:
     service = Service()
-    made = RemoteGeneration(
-        None, Rank(cpu=True), None, client=service, weights=None, generation_kwargs={"seed": 5}
-    )
-    made.generate([[1]], None, 1)
-    assert service.calls[0][1].seed == 5 + 2 * SEEDS_PER_RANK
+    service.errors = [Unavailable(Reason.UNREACHABLE, "gone")]
+    generation(service, Weights(), seed=5).generate([[1]], None, 1)
+    first, again = service.calls
+    assert first[1].seed == again[1].seed == Call(0, 0).seed(5, 0)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9), st.booleans(), st.integers(0, 3)), unique=True)
+)
+def test_seeds_are_as_good_as_random(places: list[tuple[int, int, bool, int]]) -> None:
+    found = {Call(*place).seed(42, rank) for *place, rank in places}
+    assert len(found) == len(places)
+    assert all(0 <= seed < 2**63 for seed in found)
 
 
 @pytest.mark.parametrize(

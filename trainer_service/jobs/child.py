@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
 
         events = EventLog(folder, attempt) if main_process else None
         report = Report(folder, events, stop_file=folder.stop_file(attempt))
-        _train(folder, report)
+        _train(folder, attempt, report)
         outcome = Outcome.STOPPED if report.stopping and not _is_done(report) else Outcome.SUCCEEDED
     except Stopped:
         outcome = Outcome.STOPPED
@@ -59,16 +59,18 @@ def main(argv: list[str]) -> int:
     return 0 if outcome in (Outcome.SUCCEEDED, Outcome.STOPPED) else 1
 
 
-def _train(folder: JobFolder, report: Any) -> None:
+def _train(folder: JobFolder, attempt: int, report: Any) -> None:
     import torch
     from transformers.trainer_callback import PrinterCallback
 
     from trainer_service.jobs import build
+    from trainer_service.jobs.accountant import Accountant
 
     spec = folder.spec()
     cpu = spec.hardware.cpu or not torch.cuda.is_available()
     trainer = build.trainer(spec, folder.path, cpu=cpu, callbacks=[report], record=report.record)
     report.attach(trainer)
+    trainer.add_callback(Accountant(folder, attempt, trainer))
     trainer.remove_callback(PrinterCallback)  # its lines are events already
     checkpoints = folder.checkpoints()
     trainer.train(resume_from_checkpoint=str(checkpoints[-1].path) if checkpoints else None)

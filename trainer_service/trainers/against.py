@@ -78,7 +78,8 @@ class AgainstTrainer(OnlineDPOTrainer):
         batch = self._prompts(list(inputs["prompt"]), None)
         if not self._compared:
             self._compare(model, batch)
-        drawn = [self._completions(batch), self._completions(batch, mixture_coef=self._other)]
+        with self._accounted(len(batch.rows)):
+            drawn = [self._completions(batch), self._completions(batch, mixture_coef=self._other)]
         self._rest()
         mine, other = self._scored(inputs, drawn)
         loss = self._losses(model, batch, mine, other).mean()
@@ -143,6 +144,8 @@ class AgainstTrainer(OnlineDPOTrainer):
                 "The inference service's reference_model is not this trainer's reference: their logprobs of a rollout "
                 f"are {apart:.2f} apart on average.",
             )
+        # What comes now is sampled as it is where nothing was compared: a cached prefix has other rounding errors.
+        self.vllm_generation.client.reset_prefix_cache()
         self._compared = True
 
     def _record(self, **values: torch.Tensor | float) -> None:

@@ -11,6 +11,7 @@ import torch
 from tandem.errors import invalid
 from trainer_service._trl import GRPOConfig, TrlGRPOTrainer, get_config_model_id
 from trainer_service.rewards import prepared
+from trainer_service.trainers.groups import RELIED_ON, GroupMixin
 from trainer_service.trainers.inputs import RewardedMixin, check_config, columns_of
 from trainer_service.trainers.turns import ToolTurnMixin
 
@@ -34,13 +35,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class GRPOTrainer(ToolTurnMixin, RewardedMixin, TrlGRPOTrainer):
+class GRPOTrainer(ToolTurnMixin, GroupMixin, RewardedMixin, TrlGRPOTrainer):
     """TRL's GRPOTrainer, with rollouts from the inference service at `inference_address`.
 
     `args.vllm_mode` "colocate" (TRL's default) needs a service on the same host, and GPU if there is one, to
     share its memory; "server" takes any. `args.use_vllm` is not read: vLLM is in the service.
     """
 
+    _relied_on = (*ToolTurnMixin._relied_on, *RELIED_ON)
     _logprobs = 0  # the sampled token's, for the importance sampling correction
 
     def __init__(

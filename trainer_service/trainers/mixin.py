@@ -6,25 +6,23 @@ import importlib.metadata
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, ClassVar, cast
 
 from tandem.errors import invalid
 from tandem.inference.v1 import inference_pb2 as pb
 from tandem.rpc.address import parse
 from trainer_service._trl import get_config_model_id
+from trainer_service.account import Account
 from trainer_service.adapter_tensors import adapter_tensors
 from trainer_service.client import WRITABLE, InferenceClient
 from trainer_service.generation import RemoteGeneration
 from trainer_service.policy_tensors import EVERYTHING, policy_tensors
+from trainer_service.seeds import Numbering
 from trainer_service.shards import Gathering
 from trainer_service.tokenizers import check_tokenizer
+from trainer_service.trainers.resume import RELIED_ON, ResumeMixin
 from trainer_service.weights import PolicyWeights
 from weight_transfer.transports import SourceTensor
-
-if TYPE_CHECKING:
-    from transformers import Trainer as _Trainer
-else:
-    _Trainer = object
 
 INFERENCE = "TANDEM_INFERENCE"
 TRL_SERIES = "1.16."
@@ -47,7 +45,7 @@ SAMPLING: dict[str, Any] = {
 }
 
 
-class RemoteMixin(_Trainer):
+class RemoteMixin(ResumeMixin):
     """Goes before one of TRL's trainers in the bases.
 
     TRL's own `__init__` runs with `use_vllm` off, so that it starts no engine; then vLLM's place is taken by
@@ -72,6 +70,9 @@ class RemoteMixin(_Trainer):
     model: Any
     policy_weights: PolicyWeights | None
     _lora_mode = "merged"  # a trainer that takes another sets it first
+    _evaluating = False
+    #: Where trainers that groups are known of keep account of them.
+    account: Account | None = None
 
     def _start(self, init: Any, args: Any, address: str | None, token: str | None) -> None:
         """Run TRL's `init`, then take vLLM's place."""
@@ -116,6 +117,7 @@ class RemoteMixin(_Trainer):
             else None
         )
         self.use_transformers_continuous_batching = False
+        self._generations = Numbering(self._where)
         self.vllm_generation = RemoteGeneration(
             self.model,
             self.accelerator,
@@ -124,6 +126,8 @@ class RemoteMixin(_Trainer):
             weights=self.policy_weights,
             gathering=gathering,
             lora=adapter,
+            seed=args.seed,
+            numbering=Numbering(self._where),
             mode=args.vllm_mode,
             structured_outputs_regex=getattr(args, "vllm_structured_outputs_regex", None),
             server_timeout=args.vllm_server_timeout,
@@ -145,6 +149,9 @@ class RemoteMixin(_Trainer):
     def _max_completion_length(self, args: Any) -> int:
         return cast(int, args.max_completion_length)
 
+    def _where(self) -> tuple[int, bool]:
+        return self.state.global_step, self._evaluating
+
     def _forget_sync(self) -> None:
         """Have the policy synced before the next rollout, whatever step it is."""
         self._last_loaded_step = -1
@@ -162,12 +169,14 @@ class RemoteMixin(_Trainer):
         version = importlib.metadata.version("trl")
         if not version.startswith(TRL_SERIES):
             raise ImportError(f"trainer_service works with TRL {TRL_SERIES}*, not {version}")
-        for name in (*self._relied_on, "state", "accelerator", "processing_class"):
+        for name in (*self._relied_on, "state", "accelerator", "processing_class", *RELIED_ON):
             if not hasattr(self, name):
                 raise ImportError(f"TRL {version}'s {type(self).__name__} has no {name}")
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's. Where it raises within an optimizer step, the lease of that step is given back."""
+        self.vllm_generation.numbering.restart()
+        self._generations.restart()
         try:
             return super().train(*args, **kwargs)
         except BaseException as error:
@@ -201,6 +210,17 @@ class RemoteMixin(_Trainer):
         else:
             with self.policy_weights.update():
                 yield
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's. What is sampled after it is as if it had not been: a resumed run does not repeat it."""
+        self._evaluating = True
+        try:
+            output = super().evaluation_loop(*args, **kwargs)
+        finally:
+            self._evaluating = False
+        if self.accelerator.is_main_process and not self.vllm_generation.enable_sleep_mode:
+            self.vllm_generation.client.reset_prefix_cache()  # a cached prefix has other rounding errors
+        return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's, with what the service did since the last time."""

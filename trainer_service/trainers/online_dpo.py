@@ -122,7 +122,7 @@ class OnlineDPOTrainer(PairMixin, TrlOnlineDPOTrainer):  # type: ignore[misc]  #
         num_items_in_batch: Any = None,
     ) -> torch.Tensor:
         """TRL's, whose own branch for vLLM loses the mask of the prompts' padding, and the images."""
-        with replaced(self.args, {"use_vllm": False}):
+        with replaced(self.args, {"use_vllm": False}), self._accounted(len(inputs["prompt"])):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def _calculate_rewards_from_functions(self, *args: Any, **kwargs: Any) -> torch.Tensor:

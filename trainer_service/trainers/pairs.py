@@ -11,6 +11,7 @@ import torch
 from trl.data_utils import maybe_apply_chat_template
 
 from tandem.errors import invalid
+from trainer_service.account import Place, digest
 from trainer_service.trainers.mixin import RemoteMixin, replaced
 
 #: A float, or one for each epoch, of which the last stays.
@@ -49,6 +50,7 @@ class PairMixin(RemoteMixin):
     _forward: Any
     stats: dict[str, list[float]]
     _eval_stats: dict[str, list[float]]
+    _drawn: list[tuple[list[int], list[int]]]  # prompts and completions of the batch under way
 
     def _max_completion_length(self, args: Any) -> int:
         return int(args.max_new_tokens)
@@ -86,11 +88,30 @@ class PairMixin(RemoteMixin):
         """
         self._sync()
         rollouts = self.vllm_generation.rollouts(batch.rows, batch.images, logprobs=None, **values)
+        self._drawn += [
+            (row, list(rollout.token_ids)) for row, rollout in zip(batch.rows, rollouts, strict=True)
+        ]
         ids = [torch.tensor(list(rollout.token_ids)) for rollout in rollouts]
         pad = torch.nn.utils.rnn.pad_sequence
         mask = pad([torch.ones_like(row) for row in ids], batch_first=True)
         padded = pad(ids, batch_first=True, padding_value=self._tokenizer.pad_token_id)
         return padded.to(self.accelerator.device), mask.to(self.accelerator.device)
+
+    @contextmanager
+    def _accounted(self, prompts: int) -> Iterator[None]:
+        """Goes around what samples two completions of each prompt of a batch, and trains on them."""
+        self._drawn = []
+        yield
+        if self._evaluating:
+            return
+        call, first = self._generations.next(), self.accelerator.process_index * prompts
+        rollouts = [
+            (Place(call.step, call.number, first + row % prompts, row // prompts), digest(*drawn))
+            for row, drawn in enumerate(self._drawn)
+        ]
+        if self.account is not None:
+            self.account.generated(rollouts, self.vllm_generation.weight_version)
+            self.account.trained(rollouts)
 
     def _sync(self) -> None:
         """Have the engine hold the policy of this step."""

@@ -8,6 +8,7 @@ import torch
 
 from trainer_service._trl import RLOOConfig, TrlRLOOTrainer, get_config_model_id
 from trainer_service.rewards import prepared
+from trainer_service.trainers.groups import RELIED_ON, GroupMixin
 from trainer_service.trainers.inputs import RewardedMixin, check_config, columns_of
 from trainer_service.trainers.turns import TurnMixin
 
@@ -29,8 +30,10 @@ if TYPE_CHECKING:
     from trl.trainer.rloo_trainer import RewardFunc
 
 
-class RLOOTrainer(TurnMixin, RewardedMixin, TrlRLOOTrainer):
+class RLOOTrainer(TurnMixin, GroupMixin, RewardedMixin, TrlRLOOTrainer):
     """TRL's RLOOTrainer, with rollouts from the inference service at `inference_address`. See GRPOTrainer."""
+
+    _relied_on = (*TurnMixin._relied_on, *RELIED_ON)
 
     def __init__(
         self,
