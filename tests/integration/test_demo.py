@@ -134,9 +134,12 @@ def test_the_services_die(checkpoints: dict[str, Path], tmp_path: Path, socket_f
     demo = Demo(checkpoints["llama"], tmp_path / "demo", socket_folder, steps=10_000)
     demo.wait_until(lambda: bool(demo.steps()))
     services = [demo.child(name) for name in ("inference_service", "trainer_service")]
+    theirs = [child for service in services for child in service.children(recursive=True)]
     for service in services:
         service.kill()
     assert demo.wait() == 1, demo.log.read_text()
+    # What only waits for a service ends by itself, a moment later.
+    assert not psutil.wait_procs(theirs, timeout=60)[1]
     assert "_service ended with code -9" in demo.log.read_text()
     assert not (demo.folder / "summary.json").exists()
 
