@@ -24,13 +24,17 @@ from tandem.trainer.v1.trainer_pb2_grpc import TrainingJobServiceStub
 from tests.services import ENGINE, ENVIRONMENT
 from trainer_service.jobs import processes
 
-#: The reward of the jobs. Its n-th call waits while there is a file hold-n, and says that it does by one wait-n.
+#: The reward of the jobs. Its n-th call waits while there is a file hold-n, and says so by one wait-n. It fails
+#: on the rank that the file fails-on names.
 REWARD = """
 import os, pathlib, time
 
 HERE = pathlib.Path(__file__).parent
 
 def score(completion_ids, prompts, **_):
+    fails_on = HERE / "fails-on"
+    if fails_on.exists() and fails_on.read_text() == os.environ.get("RANK"):
+        raise ValueError("no such reward")
     with (HERE / "calls").open("a") as calls:
         calls.write("x")
     n = len((HERE / "calls").read_text())
@@ -59,10 +63,11 @@ class Place:
         """Have the reward's n-th call, counted from the last `fresh`, wait."""
         (self.folder / f"hold-{call}").touch()
 
-    def wait_until_held(self, call: int, seconds: float = 120) -> None:
+    def wait_until_held(self, *calls: int, seconds: float = 120) -> None:
+        """Until one of these calls waits."""
         end = time.monotonic() + seconds
-        while not (self.folder / f"wait-{call}").exists():
-            assert time.monotonic() < end, f"the reward's call {call} never came"
+        while not any((self.folder / f"wait-{call}").exists() for call in calls):
+            assert time.monotonic() < end, f"the reward's call {calls} never came"
             time.sleep(0.02)
 
     def let_go(self, call: int) -> None:
@@ -70,8 +75,9 @@ class Place:
 
     def fresh(self) -> None:
         """Forget all calls."""
-        for path in [*self.folder.glob("hold-*"), *self.folder.glob("wait-*"), *self.folder.glob("calls")]:
-            path.unlink()
+        for pattern in ("hold-*", "wait-*", "calls", "fails-on"):
+            for path in self.folder.glob(pattern):
+                path.unlink()
 
     def spec(self, address: str | None, steps: int = 2, **fields: Any) -> job_pb2.JobSpec:
         """A small job; with an inference service of its own if no `address` is given."""

@@ -113,6 +113,32 @@ def test_a_cancelled_job_saves_and_is_resumed(service: JobService, place: Place,
     assert service.get(job.id).attempt == 2
 
 
+def test_two_processes_save_together_and_fail_together(
+    service: JobService, place: Place, llama: Service
+) -> None:
+    """Cancelled, they end after the same step. A reward that fails on one of them fails the job, with its reason."""
+    for call in (3, 4):  # of the second step: which rank calls first is not said
+        place.hold(call)
+    spec = place.spec(llama.address, steps=4, hardware={"processes": 2, "cpu": True})
+    job = service.submit(spec)
+    place.wait_until_held(3, 4)
+    service.stub.CancelJob(pb.CancelJobRequest(job_id=job.id), timeout=20)
+    next(e for e in service.watch(job.id) if e.log.text == TOLD.decode().rstrip())
+    for call in (3, 4):
+        place.let_go(call)
+    events = service.wait_for(job.id, "CANCELLED")
+    assert service.members(job.id) == set()
+    saved = service.stub.ListCheckpoints(pb.ListCheckpointsRequest(job_id=job.id), timeout=20).checkpoints
+    assert [one.step for one in saved] == [1, 2]
+
+    (place.folder / "fails-on").write_text("1")
+    service.stub.ResumeJob(pb.ResumeJobRequest(job_id=job.id), timeout=20)
+    rest = service.wait_for(job.id, "FAILED", after=events[-1].sequence)
+    assert states(rest) == ["QUEUED", "STARTING", "RUNNING", "FAILED"]
+    assert service.get(job.id).reason.startswith("ValueError: no such reward")
+    assert service.members(job.id) == set()
+
+
 def test_a_full_disk_fails_a_job_which_goes_on_when_there_is_room(
     checkpoints: dict[str, Path], tmp_path: Path, llama: Service
 ) -> None:

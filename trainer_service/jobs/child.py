@@ -67,6 +67,10 @@ def _train(folder: JobFolder, attempt: int, report: Any) -> None:
     from trainer_service.jobs.accountant import Accountant
 
     spec = folder.spec()
+    # Each of several processes on the CPU has the device cpu:0, which torch.load does not know.
+    torch.serialization.register_package(
+        0, lambda _: None, lambda part, place: part if place == "cpu:0" else None
+    )
     cpu = spec.hardware.cpu or not torch.cuda.is_available()
     trainer = build.trainer(spec, folder.path, cpu=cpu, callbacks=[report], record=report.record)
     report.attach(trainer)

@@ -111,8 +111,8 @@ class Attempt:
         if hardware.accelerate_config is not None:
             flags.insert(0, f"--config_file={hardware.accelerate_config}")
         else:
-            flags += ["--mixed_precision=no", "--dynamo_backend=no"]
-            flags += ["--multi_gpu"] if os.environ.get("CUDA_VISIBLE_DEVICES") else ["--cpu"]
+            # On the CPU too: with its own flag for that, accelerate starts no more than one process.
+            flags += ["--mixed_precision=no", "--dynamo_backend=no", "--multi_gpu"]
         return [sys.executable, "-m", "accelerate.commands.launch", *flags, "--module", *module]
 
     def _environment(self) -> Mapping[str, str]:
