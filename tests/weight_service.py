@@ -117,22 +117,31 @@ async def serve(
     await serving.wait()
 
 
-def _main(address: str, lease_timeout_s: float) -> None:
-    asyncio.run(serve(address, lease_timeout_s))
+def _main(address: str, lease_timeout_s: float, model: Callable[[], nn.Module]) -> None:
+    asyncio.run(serve(address, lease_timeout_s, model))
 
 
 class WeightService:
     """Start it, kill it, start it again at the same address: each life has an engine and memory of its
     own."""
 
-    def __init__(self, address: str, lease_timeout_s: float) -> None:
+    def __init__(
+        self, address: str, lease_timeout_s: float, model: Callable[[], nn.Module] = network
+    ) -> None:
         self.address = address
-        self._lease_timeout_s = lease_timeout_s
+        self._of = (address, lease_timeout_s, model)
         self._process: Any = None
 
     def start(self) -> None:
-        self._process = _processes.Process(target=_main, args=(self.address, self._lease_timeout_s))
+        self._process = _processes.Process(target=_main, args=self._of)
         self._process.start()
+
+    def freeze(self) -> None:
+        """Have it do nothing more, and its sockets stay open."""
+        os.kill(self._process.pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        os.kill(self._process.pid, signal.SIGCONT)
 
     def kill(self) -> None:
         """End it without a word."""

@@ -32,6 +32,7 @@ class Lease:
         *,
         heartbeat_s: float,
         timeout_s: float,
+        ready_timeout_s: float,
         answer_timeout_s: float,
         meanwhile: Callable[[], None] = lambda: None,
     ) -> None:
@@ -43,7 +44,8 @@ class Lease:
             begin: the first message.
             heartbeat_s: seconds between two heartbeats.
             timeout_s: deadline of the whole update in seconds.
-            answer_timeout_s: deadline of each of the service's answers in seconds.
+            ready_timeout_s: deadline of the service's first answer in seconds.
+            answer_timeout_s: deadline of each later one.
 
         Raises:
             TandemError: the service refused, or did not answer in time.
@@ -62,7 +64,7 @@ class Lease:
         self._heart.start()
         try:
             meanwhile()
-            self._answer("ready")
+            self._answer("ready", ready_timeout_s)
         except BaseException:
             self._end()
             raise
@@ -115,6 +117,10 @@ class Lease:
         finally:
             self._end()
 
+    def cut(self) -> None:
+        """End it without a word, from any thread: the service is gone. Whoever waits here gets an error."""
+        self._end()
+
     def _messages(self) -> Iterator[pb.UpdateWeightsRequest]:
         while (message := self._outbox.get()) is not None:
             yield message
@@ -127,8 +133,9 @@ class Lease:
                 if not self._call.is_active():
                     self._answer("")  # raises what ended it
 
-    def _answer(self, step: str) -> pb.UpdateWeightsResponse:
-        self._answer_by = time.monotonic() + self._answer_timeout_s
+    def _answer(self, step: str, timeout_s: float | None = None) -> pb.UpdateWeightsResponse:
+        timeout_s = self._answer_timeout_s if timeout_s is None else timeout_s
+        self._answer_by = time.monotonic() + timeout_s
         try:
             with rpc.translated():
                 response: pb.UpdateWeightsResponse = next(self._call)
@@ -136,7 +143,7 @@ class Lease:
             raise Internal(Reason.BUG, "The service ended the update without an answer.") from None
         except TandemError as error:
             if self._overdue:
-                message = f"The service did not answer the update within {self._answer_timeout_s:.0f} s."
+                message = f"The service did not answer the update within {timeout_s:.0f} s."
                 raise DeadlineExceeded(Reason.DEADLINE, message) from error
             raise
         finally:

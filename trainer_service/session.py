@@ -69,13 +69,15 @@ class Session:
         with rpc.translated():
             opened = client.weights.OpenSession(request, timeout=timeout_s)
         self.id = opened.session_id
+        self.max_chunk_bytes: int = opened.max_chunk_bytes
+        self.takes_changes: bool = opened.partial
         self.engine_id = opened.engine_id
         self.weight_version: int = opened.weight_version
         self.lease_timeout_s = opened.lease_timeout.ToNanoseconds() / 1e9
         chosen = pb.Transport.Name(opened.transport).removeprefix("TRANSPORT_").lower()
         try:
-            carried = self._carried(manifest, opened)
-            handshake = _handshake(chosen, opened, carried, policy, sparse=sparse)
+            self.carried = self._carried(manifest, opened)
+            handshake = _handshake(chosen, opened, self.carried, policy, sparse=sparse)
             self.transport = open_transport(handshake, timeout_s)
         except (ImportError, OSError, RuntimeError, ValueError) as error:
             message = f"The {chosen} transport could not be opened: {error}"
@@ -95,11 +97,13 @@ class Session:
         number: int,
         *,
         timeout_s: float = UPDATE_TIMEOUT_S,
+        ready_timeout_s: float = ANSWER_TIMEOUT_S,
+        partial: bool | None = None,
         meanwhile: Callable[[], None] = lambda: None,
     ) -> Lease:
         """Take the lease for the update that makes version `number` on top of `weight_version`.
 
-        `meanwhile` is called while the engine stops.
+        `meanwhile` is called while the engine stops. `partial` is what the session's transport says, if None.
 
         Raises:
             FailedPrecondition: somebody else made a newer version.
@@ -111,10 +115,11 @@ class Session:
                 session_id=self.id,
                 base_version=self.weight_version,
                 new_version=number,
-                partial=self.transport.partial,
+                partial=self.transport.partial if partial is None else partial,
             ),
             heartbeat_s=max(self.lease_timeout_s / 4, 0.05),
             timeout_s=timeout_s,
+            ready_timeout_s=ready_timeout_s,
             answer_timeout_s=ANSWER_TIMEOUT_S,
             meanwhile=meanwhile,
         )

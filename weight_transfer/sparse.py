@@ -54,6 +54,8 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 def changed(now: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
     """Where `now` differs from `before`, both as `bits` gives them: indices, rising, where the tensors are."""
+    if now.device.type == "cpu":  # numpy takes a third to a tenth of torch's time
+        return torch.from_numpy(np.flatnonzero(now.numpy() != before.numpy()))
     return torch.ne(now, before).nonzero().view(-1)
 
 

@@ -119,9 +119,14 @@ class SparseStaged(Incoming):
             parts[i] = digest_tensor(placements[i].gather(arenas))
         for i, value in self._whole.items():
             parts[i] = digest_tensor(value)
+        # One piece of memory for all: the system takes longer to give it than it takes to read the tensor.
+        largest = max((self._manifest.tensors[i].nbytes for i in self._changes), default=0)
+        room = torch.empty(largest, dtype=torch.uint8)
         for i, (changes,) in self._changes.items():
-            value = placements[i].gather(arenas).clone()
-            bits(value)[changes.indices] = changes.values
+            spec = self._manifest.tensors[i]
+            value = room[: spec.nbytes].view(getattr(torch, spec.dtype)).view(spec.shape)
+            value.copy_(placements[i].gather(arenas))
+            bits(value).scatter_(0, changes.indices, changes.values)
             parts[i] = digest_tensor(value)
         return combine(parts)
 
@@ -131,7 +136,7 @@ class SparseStaged(Incoming):
         for i in self._whole:
             before[i] = placements[i].gather(arenas).clone()
         for i, (changes,) in self._changes.items():
-            before[i] = bits(placements[i].gather(arenas))[changes.indices]
+            before[i] = bits(placements[i].gather(arenas)).index_select(0, changes.indices)
         self._before = before  # all of it: nothing was written yet
         self._place(self._whole, {i: changes.values for i, (changes,) in self._changes.items()})
 
@@ -147,7 +152,7 @@ class SparseStaged(Incoming):
         for i, values in elements.items():
             (changes,) = self._changes[i]
             value = placements[i].gather(arenas)
-            bits(value)[changes.indices] = values
+            bits(value).scatter_(0, changes.indices, values)
             if placements[i].alias_reason(placements[i].spec.dtype):  # that was a copy
                 copy(placements[i].pairs(arenas, value))
 

@@ -74,7 +74,7 @@ class StreamInPlace(Incoming):
         self.touched = True
         placement = self._arenas.placements[changes.tensor]
         value = placement.gather(self._arenas.arenas)
-        bits(value)[changes.indices] = changes.values
+        bits(value).scatter_(0, changes.indices, changes.values)
         if placement.alias_reason(placement.spec.dtype):  # that was a copy
             copy(placement.pairs(self._arenas.arenas, value))
         return None

@@ -13,8 +13,9 @@ from weight_transfer.transports.base import Moved, Piece, SourceTensor
 from weight_transfer.transports.stream import StreamTransport
 
 #: A tensor of which more than this share of the elements changed travels whole: from there on finding, packing and
-#: placing them costs more time than sending all. docs/benchmarks.md has the measurement.
-BREAK_EVEN = 0.25
+#: placing them costs more time than sending all over a Unix socket, the fastest way that a stream has. docs/benchmarks.md
+#: has the measurement.
+BREAK_EVEN = 0.1
 
 
 class SparseTransport(StreamTransport):
@@ -74,8 +75,8 @@ class SparseTransport(StreamTransport):
         self._changed += len(where)
         if len(where) > BREAK_EVEN * len(now):
             return self._cut_and_hold(index, value, send)
-        values = now[where]
-        before[where] = values
+        values = now.index_select(0, where)
+        before.scatter_(0, where, values)
         moved = 0
         for piece in pack(Changes(index, where, values), self._max_chunk_bytes):
             send(piece)

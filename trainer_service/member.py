@@ -1,0 +1,130 @@
+"""One of several inference services that take the same weights: its session, its lease, and whether it takes part."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from tandem.errors import DeadlineExceeded, TandemError, Unavailable
+from trainer_service.client import InferenceClient, is_gone
+from trainer_service.lease import Lease
+from trainer_service.pulse import ANSWER_S, answered, ask
+from trainer_service.session import Session
+from weight_transfer.transports import Piece
+
+logger = logging.getLogger(__name__)
+
+
+class Member:
+    """Is out from the moment when its service fails in any way, until it holds what the others hold."""
+
+    def __init__(self, client: InferenceClient, opened: Callable[[InferenceClient], Session]) -> None:
+        """Prepare; nothing is called yet.
+
+        Args:
+            client: of the service.
+            opened: opens a session with it.
+        """
+        self.client = client
+        self.holds = 0  # the version that we brought it last and that it is known to have; 0 if none
+        self.lost = ""  # why it takes no part in the update that is open
+        self.stopped = 0.0  # seconds for which its generation stood still
+        self._opened = opened
+        self._session: Session | None = None
+        self._lease: Lease | None = None
+        self._question: Any = None
+
+    @property
+    def session(self) -> Session:
+        """Its session, after `join`."""
+        if self._session is None:
+            raise AssertionError("a session was asked for before it was opened")
+        return self._session
+
+    @property
+    def out(self) -> bool:
+        """Whether it must be joined before it takes part."""
+        return self._session is None
+
+    def answers(self) -> bool:
+        """Whether it answered, as far as is known now. Never waits: it is asked, and the next call tells."""
+        if self._question is None:
+            self._question = ask(self.client)
+        if not self._question.done():
+            return False
+        found = answered(self._question)
+        self._question = None
+        return found
+
+    def wait_for_answer(self) -> None:
+        """Wait until `answers` knows: for as long as a service takes that lives."""
+        if self._question is None:
+            self._question = ask(self.client)
+        self._question.exception()
+
+    def join(self) -> None:
+        """Introduce the policy anew: the service may have another life, and other weights. Raises as Session does."""
+        self._session, self.holds, self.lost = self._opened(self.client), 0, ""
+
+    def begin(self, number: int, *, partial: bool) -> None:
+        """Take its lease. Raises as `Session.begin` does."""
+        self._lease = self.session.begin(number, partial=partial, ready_timeout_s=ANSWER_S)
+
+    def send(self, piece: Piece) -> None:
+        """Send it a piece, unless it is lost."""
+        self._lively(lambda lease: lease.send(piece))
+
+    def prepare(self, digest: int) -> None:
+        """Have it check what it got, unless it is lost. Raises as `Lease.prepare` does where it refuses."""
+        self._lively(lambda lease: lease.prepare(digest))
+
+    def commit(self) -> None:
+        """Have it install what it prepared, unless it is lost. Whatever fails makes it lost."""
+
+        def install(lease: Lease) -> None:
+            try:
+                version, self.stopped = lease.commit(None)
+            except TandemError as error:  # what it holds now is not known
+                self.drop(error.message)
+            else:
+                self.session.weight_version = self.holds = version
+
+        self._lively(install)
+
+    def abort(self, reason: str) -> None:
+        """Give its update up, if one is open: what was staged is dropped."""
+        lease, self._lease = self._lease, None
+        if lease is not None and not self.lost:
+            lease.abort(reason, untouched=True)
+
+    def drop(self, reason: str) -> None:
+        """It takes part no more: whoever waits for it is told so. From any thread."""
+        if not self.lost:
+            self.lost = reason
+            logger.warning("the replica at %s is dropped: %s", self.client.address, reason)
+            if (lease := self._lease) is not None:
+                lease.cut()
+
+    def leave(self) -> None:
+        """Where it was dropped, have it joined before it takes part again."""
+        self._lease = None
+        if self.lost:
+            self._session, self.holds = None, 0
+
+    def _lively(self, call: Callable[[Lease], None]) -> None:
+        """Call, unless it is lost. That it went away meanwhile is no error here."""
+        lease = self._lease
+        if self.lost or lease is None:
+            return
+        try:
+            call(lease)
+        except TandemError as error:
+            if not self.lost and not went_away(error):
+                raise
+            self.drop(error.message)
+
+
+def went_away(error: TandemError) -> bool:
+    """Whether an error says that a service is not there, and not that it refuses."""
+    return is_gone(error) or isinstance(error, DeadlineExceeded | Unavailable)

@@ -1,0 +1,375 @@
+"""The policy's weights on their way to several inference services: each version is committed on all of them or on none.
+
+Every update is staged: begin on all, one reading of the policy sent to all, prepare on all, only then commit on all.
+Where one refuses, none commits, and the old version serves everywhere. One that dies is dropped, and the others go on;
+when it comes back it is given everything before it is used again. docs/weight-plane.md has what each failure leaves.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from tandem.errors import (
+    Aborted,
+    FailedPrecondition,
+    InvalidArgument,
+    Reason,
+    TandemError,
+    Unavailable,
+    invalid,
+)
+from trainer_service.adapter_session import AdapterSession
+from trainer_service.adapter_tensors import adapter_tensors
+from trainer_service.client import InferenceClient
+from trainer_service.member import Member, went_away
+from trainer_service.policy_tensors import policy_tensors
+from trainer_service.pulse import Pulse
+from trainer_service.session import Session
+from trainer_service.updates import ATTEMPTS, UpdateStats, patiently, retryable
+from weight_transfer.manifest import Manifest
+from weight_transfer.transports import Handshake, Piece, SourceTensor, WeightTransport, open_transport
+
+logger = logging.getLogger(__name__)
+
+_OPEN_S = 10.0
+_LOOK_S = 0.1  # between two looks for the first service that answers
+
+
+class ReplicatedWeights:
+    """Keeps several engines' weights those of a model, as PolicyWeights does one engine's.
+
+    Only one process of a training run has one. Nothing is ever aliased: an optimizer's steps need no lease.
+    """
+
+    aliased = False
+    transport = "stream"
+
+    def __init__(
+        self,
+        clients: Sequence[InferenceClient],
+        model: Callable[[], nn.Module],
+        *,
+        transport: str | Sequence[str] | None = "stream",
+        timeout_s: float = 240.0,
+        led: Callable[[list[SourceTensor]], list[SourceTensor]] = list,
+        adapter: str = "",
+        sparse: bool = False,
+    ) -> None:
+        """Prepare; nothing is called before the first `sync`.
+
+        Args:
+            clients: one for each service; none of them has weights of another trainer.
+            model: gives the policy. Asked at each update.
+            transport: stream, or several of which it is one.
+            timeout_s: how many seconds to wait where no service answers.
+            led: goes around the tensors of a policy that other ranks must read too.
+            adapter: what to call the model's LoRA adapter in the engines, if it is all that they are given.
+            sparse: whether updates carry what changed alone, as far as the services all hold the last commit.
+
+        Raises:
+            InvalidArgument: no service, one of them twice, or a transport that is another.
+        """
+        addresses = [client.address for client in clients]
+        if not addresses or len(set(addresses)) < len(addresses):
+            raise invalid(
+                "inference_address", f"names each replica once, not {', '.join(addresses) or 'none'}"
+            )
+        wanted = (
+            ("stream",) if transport is None else (transport,) if isinstance(transport, str) else transport
+        )
+        if "stream" not in wanted:
+            raise invalid(
+                "transport",
+                f"several replicas take their weights by stream, not by {', '.join(wanted)}: parameters can be the "
+                "memory of one engine alone",
+            )
+        self.history: deque[UpdateStats] = deque(maxlen=1000)
+        self.committed = 0
+        self.least = 0  # the lowest number of the next version: a resumed run goes on with its own
+        self._model = model
+        self._timeout_s = timeout_s
+        self._led = led
+        self._adapter = adapter
+        self._sparse = sparse and not adapter
+        self._members = [Member(client, self._open) for client in clients]
+        self._by_client = {member.client: member for member in self._members}
+        self._manifest: Manifest | None = None
+        self._names: list[str] = []  # of the engines' tensors
+        self._way: WeightTransport | None = None  # what reads the policy, once for all
+        self._cut = (
+            0,
+            False,
+        )  # what it was made for: bytes of a chunk at most, and whether changes travel alone
+        self._held = 0  # digest of the last commit
+        self._current: frozenset[InferenceClient] = frozenset()
+        self._noting = threading.Lock()
+        self._pool = ThreadPoolExecutor(len(self._members), "tandem-replicas")
+
+    @property
+    def weight_version(self) -> int:
+        """The version that was committed last; 0 before the first."""
+        return self.history[-1].weight_version if self.history else 0
+
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes that the last update moved, to each replica."""
+        return self.history[-1].nbytes if self.history else 0
+
+    @property
+    def current(self) -> frozenset[InferenceClient]:
+        """The services that hold the version that was committed last. May be asked from any thread."""
+        return self._current
+
+    def holding(self) -> frozenset[str]:
+        """Addresses of `current`."""
+        return frozenset(client.address for client in self._current)
+
+    def drop(self, client: InferenceClient, reason: str) -> None:
+        """Count on a service no more, whose death somebody else noticed. From any thread."""
+        with self._noting:
+            self._current -= {client}
+        self._by_client[client].drop(reason)
+
+    def sync(self) -> None:
+        """Have the services hold the policy as it is now. Returns when that is committed on all that answer.
+
+        Where none answers, waits for one to come back.
+
+        Raises:
+            Unavailable: none came back in time.
+            TandemError: a service refused the update. None has committed it, and the old version serves.
+        """
+        deadline = time.monotonic() + self._timeout_s
+        for left in reversed(range(ATTEMPTS)):
+            try:
+                return self._sync(deadline)
+            except TandemError as error:
+                if not left or not retryable(error):
+                    raise
+                logger.warning("update failed, trying again: %s", error)
+        return None
+
+    def catch_up(self) -> None:
+        """Bring the current version to the services that came back, if the policy is still that version's.
+
+        Otherwise, and where they hold a higher one, they stay out until the next `sync`. Waits for no service that does
+        not answer.
+        """
+        self._forget_the_lost()
+        back = [
+            member for member in self._members if member.holds != self.weight_version and member.answers()
+        ]
+        for member in back if self.history else ():
+            if not self._joined(member):
+                continue
+            base = member.session.weight_version
+            if base == self.weight_version and member.session.holds(base, self._held):
+                member.holds = base
+            elif base < self.weight_version:
+                self._bring_current(member)
+        self._note_current()
+
+    @contextmanager
+    def update(self) -> Iterator[None]:
+        """Goes around writes to parameters, as PolicyWeights wants it. Here they need nothing."""
+        yield
+
+    def abandon(self, reason: str) -> None:
+        """There is no update open between two calls."""
+
+    def open(self) -> None:
+        """Have a session with each service that answers, and with at least one. Nothing moves yet."""
+        self._join_who_answers(time.monotonic() + self._timeout_s)
+
+    def detach(self) -> None:
+        """End the sessions."""
+        self._pool.shutdown()
+        if self._way is not None:
+            self._way.close()
+        self._current = frozenset()
+
+    def _sync(self, deadline: float) -> None:
+        started = time.perf_counter()
+        members = self._join_who_answers(deadline)
+        way = self._reader(members)
+        last = self.weight_version
+        number = max(last + 1, self.least, *(member.session.weight_version + 1 for member in members))
+        partial = way.partial and all(last and member.holds == last for member in members)
+        if not partial:
+            way.forget()
+        moved = self._commit(members, way, number, partial=partial)
+        way.mark()
+        self._held = moved.digest
+        self.committed += 1
+        stopped = max(member.stopped for member in members if not member.lost)
+        seconds = time.perf_counter() - started
+        self.history.append(UpdateStats(number, moved.nbytes, seconds, stopped, moved.changed))
+        self._note_current()
+
+    def _commit(
+        self,
+        members: Sequence[Member],
+        way: WeightTransport,
+        number: int,
+        *,
+        partial: bool,
+        digest: int | None = None,
+    ) -> Any:
+        """One version on all members, or on none. Returns what moved.
+
+        digest: that the policy must have, if it must.
+        """
+        try:
+            with Pulse([member.client for member in members], self.drop):
+                self._each(members, lambda member: self._begin(member, number, partial=partial))
+                _require(members)
+                moved = way.move(
+                    self._policy(self._names), lambda piece: self._send(members, piece), digest=True
+                )
+                found = moved.digest
+                assert found is not None  # noqa: S101  for the type checker
+                if digest is not None and found != digest:
+                    raise FailedPrecondition(
+                        Reason.BASE_VERSION_MISMATCH, "The policy is not any more what was committed last."
+                    )
+                _require(members)
+                self._each(members, lambda member: member.prepare(found))
+                _require(members)
+                # From here on each commits that lives: nothing that can be foreseen stands in the way.
+                self._each(members, Member.commit)
+                _require(members)
+        except BaseException as error:
+            way.forget()
+            for member in members:
+                member.abort(f"not every replica could take it: {error}")
+            raise
+        finally:
+            self._forget_the_lost()
+        return moved
+
+    def _begin(self, member: Member, number: int, *, partial: bool) -> None:
+        try:
+            patiently(lambda: member.begin(number, partial=partial))
+        except TandemError as error:
+            if not went_away(error):
+                raise
+            member.drop(error.message)
+
+    def _send(self, members: Sequence[Member], piece: Piece) -> None:
+        for member in members:
+            member.send(piece)
+        _require(members)
+
+    def _each(self, members: Sequence[Member], call: Callable[[Member], None]) -> None:
+        """Call for all at once, to the end. Raises what one raised."""
+        futures = [self._pool.submit(call, member) for member in members]
+        errors = [error for future in futures if (error := future.exception()) is not None]
+        if errors:
+            raise errors[0]
+
+    def _join_who_answers(self, deadline: float) -> list[Member]:
+        """All members that can take part; those that were out are joined."""
+        self._forget_the_lost()
+        first = not self.history
+        while True:
+            if first or all(member.out for member in self._members):
+                self._each([member for member in self._members if member.out], Member.wait_for_answer)
+            for member in self._members:
+                if member.out and member.answers():
+                    self._joined(member)
+            members = [member for member in self._members if not member.out]
+            if members:
+                return members
+            if time.monotonic() > deadline:
+                raise Unavailable(
+                    Reason.UNREACHABLE,
+                    f"No inference service answers after {self._timeout_s:.0f} s: "
+                    + ", ".join(member.client.address for member in self._members),
+                )
+            time.sleep(_LOOK_S)
+
+    def _forget_the_lost(self) -> None:
+        for member in self._members:
+            member.leave()
+        with self._noting:
+            self._current = frozenset(client for client in self._current if not self._by_client[client].out)
+
+    def _joined(self, member: Member) -> bool:
+        """Whether a session could be had. That a service is loading, or still has our last lease, is no error."""
+        try:
+            member.join()
+        except TandemError as error:
+            if isinstance(error, Aborted) or went_away(error):
+                logger.info("the replica at %s stays out: %s", member.client.address, error)
+                return False
+            raise
+        carried = member.session.carried
+        if self._manifest is None:
+            self._manifest = carried
+        elif self._manifest != carried:
+            raise InvalidArgument(
+                Reason.MANIFEST_MISMATCH,
+                f"The replica at {member.client.address} serves another model than {self._members[0].client.address}, "
+                "or in other dtypes.",
+            )
+        return True
+
+    def _reader(self, members: Sequence[Member]) -> WeightTransport:
+        cut = (
+            min(member.session.max_chunk_bytes for member in members),
+            self._sparse and all(member.session.takes_changes for member in members),
+        )
+        if self._way is None or cut != self._cut:
+            assert self._manifest is not None  # noqa: S101  for the type checker
+            if self._way is not None:
+                self._way.close()
+            self._way = open_transport(Handshake("stream", self._manifest, cut[0], partial=cut[1]))
+            self._cut = cut
+        return self._way
+
+    def _bring_current(self, member: Member) -> None:
+        assert self._manifest is not None  # noqa: S101  for the type checker
+        way = open_transport(Handshake("stream", self._manifest, member.session.max_chunk_bytes))
+        try:
+            self._commit([member], way, self.weight_version, partial=False, digest=self._held)
+        except TandemError as error:
+            logger.info("the replica at %s stays out: %s", member.client.address, error)
+
+    def _note_current(self) -> None:
+        last = self.weight_version
+        with self._noting:
+            self._current = frozenset(
+                m.client for m in self._members if last and m.holds == last and not m.lost
+            )
+
+    def _open(self, client: InferenceClient) -> Session:
+        if self._adapter:
+            session: Session = AdapterSession(client, self._policy, self._base, name=self._adapter)
+        else:
+            session = Session(client, self._policy, transport="stream", mode="staged", timeout_s=_OPEN_S)
+        self._names = session.names
+        return session
+
+    def _policy(self, wanted: Sequence[str]) -> list[SourceTensor]:
+        """What updates carry."""
+        if self._adapter:
+            return self._led(adapter_tensors(self._model()))
+        return self._led(policy_tensors(self._model(), frozenset(wanted)))
+
+    def _base(self, wanted: Sequence[str]) -> list[SourceTensor]:
+        return self._led(policy_tensors(self._model(), frozenset(wanted), merged=False))
+
+
+def _require(members: Sequence[Member]) -> None:
+    """Raise where none of the members takes part any more."""
+    if all(member.lost for member in members):
+        raise Unavailable(Reason.UNREACHABLE, f"No replica is left: {members[0].lost}")
