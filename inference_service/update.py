@@ -175,13 +175,17 @@ class Update:
         return not self._policy.engine.dead
 
     async def _abort(self, untouched: bool, reason: str) -> None:
-        self.writing = self.writing and not (untouched and not self._incoming.touched)
+        if self._incoming.writes:  # the service knows better
+            untouched = not self._incoming.touched
+        self.writing = self.writing and not untouched
         await self._fail(reason or "the trainer aborted its update")
         if self._policy.torn:
             raise self._policy.torn_error()
 
     async def _lose(self, reason: str) -> None:
         log.warning("update lost", in_place=self.in_place, reason=reason, weight_version=self._policy.version)
+        if self._incoming.writes:
+            self.writing = self.writing and self._incoming.touched
         await self._fail(reason, self._writer)
 
     async def _fail(self, reason: str, stray: Writer | None = None) -> None:

@@ -45,6 +45,8 @@ class Incoming(ABC):
     of_policy: ClassVar[bool] = True
     #: Whether what vLLM alone can place must be loaded anew after `install`.
     reloads: ClassVar[bool] = True
+    #: Whether nobody else writes the live weights, so that what is `touched` is known here.
+    writes: ClassVar[bool] = False
     #: Whether bytes were written into the live weights before `install`.
     touched: bool = False
 

@@ -41,6 +41,8 @@ class StreamInPlace(Incoming):
     In a partial update a tensor comes whole, or as elements that changed, or not at all.
     """
 
+    writes = True
+
     def __init__(self, arenas: HostArenas, *, partial: bool) -> None:
         self._arenas = arenas
         self._manifest = arenas.manifest

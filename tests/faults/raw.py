@@ -22,11 +22,13 @@ from weight_transfer.identity import ProcessIdentity
 from weight_transfer.manifest import Manifest, TensorSpec
 from weight_transfer.placement import Block, Placement, check
 from weight_transfer.scatter import scatter
+from weight_transfer.sparse import Changes, bits, changed, pack
 
 TIMEOUT_S = 20.0
 
 Tensors = dict[str, torch.Tensor]
 SHARED, STREAM = pb.TRANSPORT_SHARED, pb.TRANSPORT_STREAM
+IN_PLACE, STAGED = pb.UPDATE_MODE_IN_PLACE, pb.UPDATE_MODE_STAGED
 
 
 def dtype_name(value: int) -> str:
@@ -50,7 +52,9 @@ def identity(**changes: Any) -> pb.ProcessIdentity:
 class Session:
     """An open session. A shared one has the engine's memory mapped until it is closed."""
 
-    def __init__(self, stub: WeightServiceStub, tensors: Tensors, transport: int = 0, **of: Any) -> None:
+    def __init__(
+        self, stub: WeightServiceStub, tensors: Tensors, transport: int = 0, mode: int = 0, **of: Any
+    ) -> None:
         self.stub = stub
         with rpc.translated():
             self.manifest = manifest(stub)
@@ -58,6 +62,7 @@ class Session:
                 identity=identity(**of),
                 tensors=[spec_of(*item) for item in tensors.items()],
                 transport=transport,
+                mode=mode,
             )
             self.answer = stub.OpenSession(request, timeout=TIMEOUT_S)
         self.id = self.answer.session_id
@@ -108,6 +113,15 @@ class Session:
             raw = value.reshape(-1).view(torch.uint8).numpy().tobytes()
             for start in range(0, len(raw), size):
                 yield pb.TensorChunk(tensor=i, offset=start, data=raw[start : start + size])
+
+    def sparse_chunks(self, tensors: Tensors, before: Tensors) -> Iterator[pb.SparseChunk]:
+        """What differs from `before`, both in whatever dtype."""
+        for i, spec in enumerate(self.manifest):
+            dtype = getattr(torch, spec.dtype)
+            now, old = (bits(of[spec.name].detach().to(dtype).contiguous()) for of in (tensors, before))
+            where = changed(now, old)
+            for packed in pack(Changes(i, where, now[where]), self.answer.max_chunk_bytes):
+                yield pb.SparseChunk(**vars(packed))
 
     def begin(self, base: int | None = None, **fields: Any) -> Update:
         """Open an update, which is ready when this returns."""
@@ -176,6 +190,10 @@ class Update:
             answer = next(self.call)
         assert answer.WhichOneof("step") == step
         return getattr(answer, step)
+
+    def prepare(self, digest: int | None) -> None:
+        self.send(prepare=pb.PrepareUpdate(digest=digest))
+        self.expect("prepared")
 
     def commit(self, digest: int | None = None) -> int:
         self.send(commit=pb.CommitUpdate(digest=digest))

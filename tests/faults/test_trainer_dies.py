@@ -10,8 +10,8 @@ import pytest
 from tandem.errors import Aborted, Reason
 from tests.faults import raw
 from tests.faults.plane import NOTICED_S, Plane, what_is_held
-from tests.faults.raw import SHARED, STREAM
-from tests.faults.trainer_process import STEPS, trainer
+from tests.faults.raw import IN_PLACE, SHARED, STAGED, STREAM
+from tests.faults.trainer_process import PREPARED, STEPS, trainer
 
 TRANSPORT = {"shared": SHARED, "stream": STREAM}
 #: Where a trainer that shares the memory may have left a mix.
@@ -54,6 +54,43 @@ def test_a_trainer_that_is_killed(plane: Plane, transport: str, step: str) -> No
         elif transport == "stream" or step not in WRITING:
             plane.assert_unchanged()
     with trainer(address, kind, seed=2) as after:  # the next one finds a service that takes it
+        after.wait_for("committed")
+        after.wait_for("over")
+    plane.assert_holds(seed=2)
+
+
+@pytest.mark.parametrize("how", ["kill", "freeze"])
+@pytest.mark.parametrize(
+    ("transport", "mode", "step"),
+    [
+        ("shared", STAGED, "half written"),
+        ("shared", STAGED, PREPARED),
+        ("stream", STAGED, PREPARED),
+        ("stream", IN_PLACE, "begun"),
+        ("stream", IN_PLACE, "half written"),
+    ],
+)
+def test_a_trainer_that_dies_in_the_other_modes(
+    plane: Plane, transport: str, mode: int, step: str, how: str
+) -> None:
+    """What is staged is dropped. What was streamed into live weights is torn, and healed by the next whole update."""
+    address, kind = plane.service.address, TRANSPORT[transport]
+    with raw.watching(plane.stub) as changes, trainer(address, kind, mode=mode, stop_at=step) as process:
+        process.wait_for(step)
+        raw.wait_for(changes, "STAGING" if mode == STAGED else "WRITING")
+        getattr(process, how)()
+        torn = mode == IN_PLACE and step == "half written"
+        raw.wait_for(changes, "TORN" if torn else "COMMITTED")
+        if torn:
+            plane.assert_torn("the trainer")
+        else:
+            plane.assert_unchanged()
+        if how == "freeze":
+            process.thaw()
+            process.go_on()  # too late: it has lost its lease
+            assert process.wait_for("error") == "error LEASE_LOST"
+    plane.wait_until_alone()
+    with trainer(address, kind, mode=mode, seed=2) as after:
         after.wait_for("committed")
         after.wait_for("over")
     plane.assert_holds(seed=2)

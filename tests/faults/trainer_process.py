@@ -18,8 +18,9 @@ from tandem.weights.v1 import weights_pb2 as pb
 from tandem.weights.v1.weights_pb2_grpc import WeightServiceStub
 from tests.faults import raw
 
-#: What a trainer does, in order. A streaming one has no memory to fetch.
+#: What a trainer does, in order. A streaming one has no memory to fetch; one is prepared that shall stop there.
 STEPS = ("opened", "attached", "begun", "half written", "written", "asked to commit", "committed")
+PREPARED = "prepared"
 
 # A fork server that has torch imported makes a process in a tenth of a second.
 _processes = multiprocessing.get_context("forkserver")
@@ -32,7 +33,7 @@ def tensors_for(manifest: Any, seed: int) -> dict[str, torch.Tensor]:
     return {spec.name: torch.randn(spec.shape, generator=generator) for spec in manifest}
 
 
-def _train(address: str, transport: int, seed: int, stop_at: str, pipe: Connection) -> None:
+def _train(address: str, transport: int, mode: int, seed: int, stop_at: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
 
     def step(name: str) -> None:
@@ -44,7 +45,7 @@ def _train(address: str, transport: int, seed: int, stop_at: str, pipe: Connecti
         stub = WeightServiceStub(channel)
         try:
             tensors = tensors_for(raw.manifest(stub), seed)
-            session = raw.Session(stub, tensors, transport)
+            session = raw.Session(stub, tensors, transport, mode)
             step("opened")
             if session.shared:
                 session.attach()
@@ -53,6 +54,9 @@ def _train(address: str, transport: int, seed: int, stop_at: str, pipe: Connecti
             step("begun")
             _move(session, update, tensors, step)
             step("written")
+            if stop_at == PREPARED:
+                update.prepare(session.digest(tensors))
+                step(PREPARED)
             update.send(commit=pb.CommitUpdate(digest=session.digest(tensors)))
             step("asked to commit")
             update.expect("committed")
@@ -79,9 +83,12 @@ def _move(session: raw.Session, update: raw.Update, tensors: raw.Tensors, step: 
 class TrainerProcess:
     """It runs until `stop_at`, and tells of each step."""
 
-    def __init__(self, address: str, transport: int, *, seed: int = 1, stop_at: str = "") -> None:
+    def __init__(
+        self, address: str, transport: int, *, mode: int = 0, seed: int = 1, stop_at: str = ""
+    ) -> None:
         self._pipe, theirs = _processes.Pipe()
-        self._process = _processes.Process(target=_train, args=(address, transport, seed, stop_at, theirs))
+        arguments = (address, transport, mode, seed, stop_at, theirs)
+        self._process = _processes.Process(target=_train, args=arguments)
         self._process.start()
         theirs.close()
         self.pid: int = self._process.pid  # type: ignore[assignment]
@@ -119,8 +126,10 @@ class TrainerProcess:
 
 
 @contextmanager
-def trainer(address: str, transport: int, *, seed: int = 1, stop_at: str = "") -> Iterator[TrainerProcess]:
-    process = TrainerProcess(address, transport, seed=seed, stop_at=stop_at)
+def trainer(
+    address: str, transport: int, *, mode: int = 0, seed: int = 1, stop_at: str = ""
+) -> Iterator[TrainerProcess]:
+    process = TrainerProcess(address, transport, mode=mode, seed=seed, stop_at=stop_at)
     try:
         yield process
     finally:

@@ -194,11 +194,14 @@ async def test_what_breaks_before_its_commit(name: str, how: str) -> None:
     plane.check(C, 2, new)
 
 
+@pytest.mark.parametrize("how", ["abort", "lose", "abort touched"])
 @pytest.mark.parametrize("name", ["stream in place", "sparse in place"])
-async def test_an_update_in_place_that_got_nothing_leaves_the_engine_whole(name: str) -> None:
+async def test_an_update_in_place_that_got_nothing_leaves_the_engine_whole(name: str, how: str) -> None:
+    """The service alone writes, and knows: whatever the trainer says."""
     plane = Plane()
     update = await plane.begin(name)
-    assert await reason(update.abort(untouched=True, reason="")) == ""
+    end = update.lose("it died") if how == "lose" else update.abort(untouched=how == "abort", reason="")
+    assert await reason(end) == ""
     plane.check(C, 1, plane.values)
 
 
