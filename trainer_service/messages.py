@@ -18,6 +18,8 @@ from trainer_service.jobs.store import Event, EventKind, Job
 #: The contract's states by Python's, and its kinds of events.
 STATES: dict[JobState, Any] = {state: pb.JobState.Value(f"JOB_STATE_{state}") for state in JobState}
 KINDS: dict[int, EventKind] = {trainer_pb2.EventKind.Value(f"EVENT_KIND_{kind}"): kind for kind in EventKind}
+_made: dict[int, tuple[JobSpec, pb.JobSpec]] = {}
+_MOST = 10_000
 
 
 def spec_of(message: pb.JobSpec) -> JobSpec:
@@ -29,7 +31,7 @@ def job_message(job: Job, folder: str) -> pb.Job:
     """A job, with the path of its folder."""
     message = pb.Job(
         id=job.id,
-        spec=spec_message(job.spec),
+        spec=_kept(job.spec),
         state=STATES[job.state],
         reason=job.reason,
         create_time=_time(job.create_time),
@@ -45,6 +47,16 @@ def job_message(job: Job, folder: str) -> pb.Job:
     if job.end_time is not None:
         message.end_time.CopyFrom(_time(job.end_time))
     return message
+
+
+def _kept(spec: JobSpec) -> pb.JobSpec:
+    """`spec_message` of a specification that the store keeps, made once: this is most of a list's work."""
+    found = _made.get(id(spec))
+    if found is None:
+        if len(_made) >= _MOST:
+            _made.clear()
+        found = _made[id(spec)] = (spec, spec_message(spec))  # while it is here, no other one has its id
+    return found[1]
 
 
 def spec_message(spec: JobSpec) -> pb.JobSpec:

@@ -97,7 +97,7 @@ class TrainingJobServicer(trainer_pb2_grpc.TrainingJobServiceServicer):
         return pb.ListCheckpointsResponse(checkpoints=[checkpoint_message(one) for one in found])
 
     def _message(self, job: Job) -> Any:
-        return job_message(job, str(self._jobs.folder(job.id).path))
+        return job_message(job, f"{self._jobs.root}/{job.id}")
 
 
 def _job_id(request: Any) -> str:

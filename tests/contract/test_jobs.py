@@ -161,7 +161,7 @@ async def test_a_watch_goes_on_after_a_sequence_number(channel: grpc.aio.Channel
 
 def test_a_specification_survives_the_way() -> None:
     given = table(
-        model={"path": "m", "lora": {"rank": 8, "target_modules": ["q_proj"]}},
+        model={"path": "m", "lora": {"rank": 8, "target_modules": ["q_proj"], "mode": "adapter"}},
         rewards=[{"function": "a:b", "weight": 0.5}, {"builtin": "think_format_reward", "options": {"n": 3}}],
         inference={"managed": {"engine": {"max_model_len": 512, "gpu_memory_utilization": 0.5}}},
         grpo={"trl_options": {"beta": 0.04, "top_k": 5, "names": ["a"], "nested": {"x": 2}}},

@@ -13,10 +13,13 @@ from tandem.errors import FailedPrecondition, InvalidArgument, NotFound, Reason
 from tandem.rpc import translated
 from tandem.trainer.v1 import job_pb2
 from tandem.trainer.v1 import trainer_pb2 as pb
+from tandem.weights.v1 import weights_pb2
 from tests.disks import fill, small_disk
 from tests.job_service import JobService, Place, end_jobs, job_service
 from tests.services import Service
 from trainer_service.jobs.stopping import TOLD
+
+WITH_DIGEST = weights_pb2.GetWeightVersionRequest(include_digest=True)
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +178,21 @@ def test_a_full_disk_fails_a_job_which_goes_on_when_there_is_room(
                 found = service.stub.ListCheckpoints(request, timeout=20).checkpoints
                 assert [one.step for one in found] == [1, 2, 3]
             end_jobs(Path(folder))
+
+
+def test_a_job_may_train_an_adapter_beside_the_weights(
+    service: JobService, place: Place, mixed: Service, checkpoints: dict[str, Path]
+) -> None:
+    mixed.weights.RestoreCheckpoint(weights_pb2.RestoreCheckpointRequest(), timeout=30)
+    before = mixed.weights.GetWeightVersion(WITH_DIGEST, timeout=30).digest
+    lora = {"rank": 4, "target_modules": ["q_proj"], "mode": "adapter"}
+    job = service.submit(place.spec(mixed.address, model={"path": str(checkpoints["llama"]), "lora": lora}))
+    service.wait_for(job.id, "SUCCEEDED")
+    assert mixed.weights.GetWeightVersion(WITH_DIGEST, timeout=30).digest == before
+    (saved, *_) = service.stub.ListCheckpoints(
+        pb.ListCheckpointsRequest(job_id=job.id), timeout=20
+    ).checkpoints
+    assert (Path(saved.path) / "adapter_model.safetensors").is_file()
 
 
 def test_a_deleted_job_leaves_nothing(service: JobService, place: Place) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tandem.errors import InvalidArgument
 from tests.jobs import spec, table
+from trainer_service.jobs.folder import JobFolder
 from trainer_service.jobs.reading import read
+from trainer_service.jobs.run import engine_command
 from trainer_service.jobs.spec import ALGORITHMS, JobSpec
 
 SOURCES = "hub, json_lines, parquet, reasoning_gym"
@@ -60,6 +64,10 @@ def test_each_algorithm_may_be_chosen(algorithm: str) -> None:
                 "unix:///absolute/path or host:port"
             },
         ),
+        (
+            {"model": {"path": "/m", "lora": {"mode": "both"}}},
+            {"job.model.lora.mode": "Input should be 'merged' or 'adapter'"},
+        ),
         ({"hardware": {"cpu": True, "gpus": 1}}, {"job.hardware.gpus": "a training on the CPU has none"}),
     ],
 )  # fmt: skip  # a table
@@ -68,3 +76,20 @@ def test_what_is_wrong_is_named(fields: dict[str, Any], wrong: dict[str, str]) -
         spec(**fields)
     assert {v.field: v.description for v in raised.value.violations} == wrong
     assert "\n" not in raised.value.message
+
+
+@pytest.mark.parametrize(("rank", "room"), [(None, 8), (4, 8), (17, 32), (64, 64)])
+def test_the_engine_of_a_job_has_room_for_its_adapter(tmp_path: Path, rank: int | None, room: int) -> None:
+    lora = {"mode": "adapter"} | ({} if rank is None else {"rank": rank})
+    made = spec(model={"path": "/m", "lora": lora}, inference={"managed": {"engine": {"max_model_len": 64}}})
+    flag = engine_command(made, JobFolder(tmp_path))[-1]
+    assert json.loads(flag.removeprefix("--engine=")) == {
+        "dtype": "bfloat16",
+        "enable_lora": True,
+        "max_lora_rank": room,
+        "max_model_len": 64,
+    }
+    merged = spec(model={"path": "/m", "lora": {}})
+    assert json.loads(engine_command(merged, JobFolder(tmp_path))[-1].removeprefix("--engine=")) == {
+        "dtype": "bfloat16"
+    }

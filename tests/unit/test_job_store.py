@@ -115,6 +115,15 @@ def test_pages_and_filters(store: Store) -> None:
     assert store.find(labels={"parity": "yes"}) == []
 
 
+def test_jobs_are_counted_by_state(store: Store) -> None:
+    for name in ("a", "b", "c"):
+        store.create(name, spec())
+    store.move("b", Move.CANCEL)
+    store.delete("c")
+    expected = dict.fromkeys(JobState, 0) | {JobState.QUEUED: 1, JobState.CANCELLED: 1}
+    assert store.count() == expected
+
+
 def test_a_deleted_job_is_gone_and_its_number_too(store: Store) -> None:
     first = store.create("job-1", spec(labels={"a": "b"}), "request")
     store.append("job-1", [log("x")])

@@ -23,6 +23,7 @@ _FULL = ("database or disk is full", "disk i/o error", "no space left", "53100")
 _LOCK_KEY = 0x7461_6E64_656D  # of PostgreSQL's advisory lock: "tandem"
 _BUSY_S = 30.0
 _RETRY_S = 1.0
+_SPECS = 10_000
 
 
 class SqlStore(Store):
@@ -38,6 +39,9 @@ class SqlStore(Store):
         self._lite = parsed.get_backend_name() == "sqlite"
         self._path = Path(parsed.database or "jobs.db")
         self._held: FileLock | sa.Connection | None = None
+        self._specs: dict[
+            int, JobSpec
+        ] = {}  # by the job's number: reading them takes most of the time of a list
         if self._lite:
             sa.event.listen(self._engine, "connect", _configure)
             sa.event.listen(self._engine, "begin", _begin)
@@ -64,7 +68,7 @@ class SqlStore(Store):
         stored = spec.model_dump(mode="json", exclude_none=True)
         with _told(), self._engine.begin() as connection:
             if request_id and (row := _requested(connection, request_id, stored)) is not None:
-                return _job(row)
+                return self._job(row)
             values = {"id": job_id, "request_id": request_id or None, "spec": stored, "create_time": now}
             added = connection.execute(tables.jobs.insert().values(**values, state=JobState.QUEUED))
             number = added.inserted_primary_key[0]  # type: ignore[index]  # an insert of one row has it
@@ -80,11 +84,11 @@ class SqlStore(Store):
         stored = spec.model_dump(mode="json", exclude_none=True)
         with _told(), self._reading() as connection:
             row = _requested(connection, request_id, stored)
-            return None if row is None else _job(row)
+            return None if row is None else self._job(row)
 
     def get(self, job_id: str) -> Job:
         with _told(), self._reading() as connection:
-            return _job(_row(connection, job_id))
+            return self._job(_row(connection, job_id))
 
     def find(
         self,
@@ -107,7 +111,7 @@ class SqlStore(Store):
         if limit:
             query = query.limit(limit)
         with _told(), self._reading() as connection:
-            return [_job(row) for row in connection.execute(query)]
+            return [self._job(row) for row in connection.execute(query)]
 
     def count(self) -> dict[JobState, int]:
         query = sa.select(tables.jobs.c.state, sa.func.count()).group_by(tables.jobs.c.state)
@@ -121,7 +125,7 @@ class SqlStore(Store):
             old = JobState(row.state)
             new = after(job_id, old, move)
             if new is old:
-                return _job(row)
+                return self._job(row)
             body = {"old_state": old, "state": new, "reason": reason}
             event = Event(EventKind.STATE, time.time(), changes.get("attempt", row.attempt), body)
             return self._append(connection, row, [event], state=new, reason=reason, **changes)
@@ -183,7 +187,19 @@ class SqlStore(Store):
         changes["last_sequence"] = row.last_sequence + len(rows)
         update = tables.jobs.update().where(tables.jobs.c.number == row.number).values(**changes)
         connection.execute(update)
-        return _job(_row(connection, row.id))
+        return self._job(_row(connection, row.id))
+
+    def _job(self, row: sa.Row[Any]) -> Job:
+        values = dict(row._mapping)
+        del values["request_id"]
+        if (spec := self._specs.get(row.number)) is None:
+            spec = JobSpec.model_validate(values["spec"])
+            if len(self._specs) >= _SPECS:
+                self._specs.clear()
+            self._specs[row.number] = spec
+        values |= {"spec": spec, "state": JobState(values["state"])}
+        values |= {"offsets": Offsets(**values["offsets"]), "gpus": tuple(values["gpus"])}
+        return Job(**values)
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[sa.Connection]:
@@ -244,20 +260,6 @@ def _requested(connection: sa.Connection, request_id: str, stored: dict[str, Any
 
 def _locked(connection: sa.Connection, job_id: str) -> sa.Row[Any]:
     return _row(connection, job_id, lock=True)
-
-
-def _job(row: sa.Row[Any]) -> Job:
-    values = dict(row._mapping)
-    del values["request_id"]
-    return Job(
-        **values
-        | {
-            "spec": JobSpec.model_validate(values["spec"]),
-            "state": JobState(values["state"]),
-            "offsets": Offsets(**values["offsets"]),
-            "gpus": tuple(values["gpus"]),
-        }
-    )
 
 
 @contextlib.contextmanager

@@ -49,7 +49,8 @@ class Supervisor:
             InvalidArgument: the path of `root` leaves no room for sockets.
         """
         self._store = store
-        self._root = root
+        #: The folder in which each job has one, by its id.
+        self.root = root
         self._limits = limits
         self._checker = Checker()
         self.feed = Feed(store)
@@ -148,7 +149,7 @@ class Supervisor:
 
     def folder(self, job_id: str) -> JobFolder:
         """The job's folder."""
-        return JobFolder(self._root / job_id)
+        return JobFolder(self.root / job_id)
 
     async def _remove(self, job_id: str) -> None:
         while True:
