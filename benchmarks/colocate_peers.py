@@ -11,9 +11,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import importlib.util
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -76,6 +78,7 @@ def trl(path: str) -> dict[str, Any]:
 def ipc(path: str) -> dict[str, Any]:
     """Every tensor's CUDA IPC handle in one call, which copies each from there."""
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # it pickles the handles
+    _have_ray()
     from vllm import LLM
     from vllm.config import WeightTransferConfig
 
@@ -97,6 +100,15 @@ def ipc(path: str) -> dict[str, Any]:
 
     found: dict[str, Any] = {"sync_handles": timed(lambda: sync(False)), "used": used()}
     return found | {"sync_packed": timed(lambda: sync(True))}
+
+
+def _have_ray() -> None:
+    """vLLM's module imports Ray at its head, and uses it where the engine is an actor of Ray's alone."""
+    if importlib.util.find_spec("ray") is None:
+        folder = tempfile.mkdtemp()
+        Path(folder, "ray.py").write_text("def is_initialized():\n    return False\n")
+        os.environ["PYTHONPATH"] = os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])
+        sys.path.insert(0, folder)
 
 
 def generate(path: str, loader: str) -> dict[str, Any]:

@@ -49,13 +49,6 @@ def digest_tensor(tensor: torch.Tensor) -> int:
     return digest_tensors([tensor])[0]
 
 
-def digest_sum(tensor: torch.Tensor) -> int:
-    """What `finish` makes the digest of, modulo 2**64, of one contiguous tensor on a CUDA device."""
-    from weight_transfer.cuda.digest import Sums
-
-    return int(Sums([tensor])().item())
-
-
 def digest_tensors(tensors: Sequence[torch.Tensor], *, threads: int = 0) -> list[int]:
     """The digest of each tensor's elements in row-major order, whatever its strides. All must be on one device.
 

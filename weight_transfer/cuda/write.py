@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -10,33 +11,35 @@ import torch
 
 from weight_transfer.arena import Arena
 from weight_transfer.cuda import kernels
-from weight_transfer.digest import digest_sum
+from weight_transfer.digest import digest_tensor, finish
 from weight_transfer.placement import Block, Placement
 
 _TILE = 1 << 15  # elements for one block
 _NAMES = {torch.float32: "float", torch.float16: "f16", torch.bfloat16: "bf16"}
 _KEPT = 4  # plans
+_dtype_of = operator.attrgetter("dtype")
 
 Item = tuple[Placement, torch.Tensor]
 Dtypes = tuple[torch.dtype, torch.dtype]
 
 
 def write(items: Sequence[Item], arenas: Sequence[Arena]) -> list[int]:
-    """`weight_transfer.write.write` where arenas and tensors are on one CUDA device. Returns digest sums.
+    """`weight_transfer.write.write` where arenas and tensors are on one CUDA device.
 
     Pieces that are rows of whole 16 bytes go through one kernel for each pair of dtypes; torch copies what is not.
     """
-    items = [(placement, tensor.detach().contiguous()) for placement, tensor in items]
+    if not all(tensor.is_contiguous() for _, tensor in items):
+        items = [(placement, tensor.contiguous()) for placement, tensor in items]
     plan = _plan_for(items, arenas)
     totals = torch.zeros(len(items), dtype=torch.int64, device=arenas[0].device)
     for launch in plan.launches:
         launch(totals)
-    found: list[int] = totals.tolist()
+    found = list(map(finish, totals.tolist(), plan.nbytes))
     for i in plan.odd:
         placement, tensor = items[i]
         for part, place in placement.pairs(arenas, tensor):
             place.copy_(part)
-        found[i] = digest_sum(tensor.to(getattr(torch, placement.spec.dtype)))
+        found[i] = digest_tensor(tensor.detach().to(getattr(torch, placement.spec.dtype)))
     return found
 
 
@@ -45,6 +48,7 @@ class _Plan:
 
     def __init__(self, items: Sequence[Item], arenas: Sequence[Arena]) -> None:
         self._placements = [placement for placement, _ in items]  # their ids are in the plan's key
+        self.nbytes = [placement.spec.nbytes for placement, _ in items]
         pieces: dict[Dtypes, list[list[int]]] = {}
         self.odd: list[int] = []
         for i, (placement, tensor) in enumerate(items):
@@ -63,10 +67,10 @@ _plans: OrderedDict[tuple[object, ...], _Plan] = OrderedDict()
 
 def _plan_for(items: Sequence[Item], arenas: Sequence[Arena]) -> _Plan:
     """A trainer's parameters stay where they are: what says so is made once, for it takes longer than the writing."""
-    key = (
-        *(arena.address for arena in arenas),
-        *((id(placement), tensor.data_ptr(), tensor.dtype) for placement, tensor in items),
-    )
+    placements, tensors = zip(*items, strict=True)
+    # By functions of C's: in a loop of Python's this would take longer than the kernel.
+    addresses, dtypes = map(torch.Tensor.data_ptr, tensors), map(_dtype_of, tensors)
+    key = (*(arena.address for arena in arenas), *map(id, placements), *addresses, *dtypes)
     plan = _plans.pop(key, None) or _Plan(items, arenas)
     if len(items) > 1:  # one alone is fresh memory, as a merged adapter is
         _plans[key] = plan
