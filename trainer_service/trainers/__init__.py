@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trainer_service.trainers.async_grpo import AsyncGRPOTrainer
     from trainer_service.trainers.distillation import DistillationTrainer
     from trainer_service.trainers.gmpo import GMPOTrainer
     from trainer_service.trainers.gold import GOLDTrainer
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from trainer_service.trainers.xpo import XPOConfig, XPOTrainer
 
 _MODULES = {
+    "AsyncGRPOTrainer": "async_grpo",
     "DistillationTrainer": "distillation",
     "GMPOTrainer": "gmpo",
     "GOLDTrainer": "gold",
@@ -40,6 +42,7 @@ _MODULES = {
 }
 
 __all__ = [
+    "AsyncGRPOTrainer",
     "DistillationTrainer",
     "GMPOTrainer",
     "GOLDTrainer",
