@@ -67,6 +67,8 @@ class SqlStore(Store):
         now = time.time()
         stored = spec.model_dump(mode="json", exclude_none=True)
         with _told(), self._engine.begin() as connection:
+            if not self._lite:  # or two of one request at once find neither
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK_KEY + 1)))
             if request_id and (row := _requested(connection, request_id, stored)) is not None:
                 return self._job(row)
             values = {"id": job_id, "request_id": request_id or None, "spec": stored, "create_time": now}
@@ -124,6 +126,7 @@ class SqlStore(Store):
             row = _locked(connection, job_id)
             old = JobState(row.state)
             new = after(job_id, old, move)
+            reason = reason.replace("\0", "?").encode(errors="replace").decode()  # whatever a library raised
             if new is old:
                 return self._job(row)
             body = {"old_state": old, "state": new, "reason": reason}
