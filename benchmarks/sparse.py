@@ -91,7 +91,7 @@ def updates(address: str) -> dict[str, Any]:
 def compressors() -> dict[str, Any]:
     """One tensor at 1 %: bytes of each changed element, and microseconds for a thousand, packing and unpacking."""
     generator = torch.Generator().manual_seed(1)
-    value = network()[0].weight.detach()
+    value = next(network().parameters()).detach()
     flat = bits(value)
     where = (torch.rand(flat.shape, generator=generator) < 0.01).nonzero().view(-1)
     # Packed, and not compressed: what each then gets.

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import zstandard
 
-#: zstd's level: higher ones cost several times the time for some percent of the bytes. docs/benchmarks.md has both.
+#: zstd's level: higher ones cost several times the time for some percent of the bytes. docs/weight-plane.md has both.
 LEVEL = 1
 _Array: TypeAlias = "np.ndarray[Any, Any]"
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
