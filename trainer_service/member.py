@@ -70,6 +70,8 @@ class Member:
     def begin(self, number: int, *, partial: bool) -> None:
         """Take its lease. Raises as `Session.begin` does."""
         self._lease = self.session.begin(number, partial=partial, ready_timeout_s=ANSWER_S)
+        if self.lost:  # meanwhile
+            self._lease.cut()
 
     def send(self, piece: Piece) -> None:
         """Send it a piece, unless it is lost."""
@@ -108,9 +110,11 @@ class Member:
 
     def leave(self) -> None:
         """Where it was dropped, have it joined before it takes part again."""
-        self._lease = None
+        lease, self._lease = self._lease, None
         if self.lost:
             self._session, self.holds = None, 0
+            if lease is not None:  # its heart must not go on beating
+                lease.cut()
 
     def _lively(self, call: Callable[[Lease], None]) -> None:
         """Call, unless it is lost. That it went away meanwhile is no error here."""

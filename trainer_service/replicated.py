@@ -112,6 +112,7 @@ class ReplicatedWeights:
         self._held = 0  # digest of the last commit
         self._current: frozenset[InferenceClient] = frozenset()
         self._noting = threading.Lock()
+        self._turn = threading.RLock()  # one update or catching up at a time
         self._pool = ThreadPoolExecutor(len(self._members), "tandem-replicas")
 
     @property
@@ -151,7 +152,8 @@ class ReplicatedWeights:
         deadline = time.monotonic() + self._timeout_s
         for left in reversed(range(ATTEMPTS)):
             try:
-                return self._sync(deadline)
+                with self._turn:
+                    return self._sync(deadline)
             except TandemError as error:
                 if not left or not retryable(error):
                     raise
@@ -164,6 +166,10 @@ class ReplicatedWeights:
         Otherwise, and where they hold a higher one, they stay out until the next `sync`. Waits for no service that does
         not answer.
         """
+        with self._turn:
+            self._catch_up()
+
+    def _catch_up(self) -> None:
         self._forget_the_lost()
         back = [
             member for member in self._members if member.holds != self.weight_version and member.answers()

@@ -23,6 +23,7 @@ from trainer_service import pulse
 from trainer_service.client import InferenceClient
 from trainer_service.member import Member
 from trainer_service.replicated import ReplicatedWeights
+from trainer_service.session import Session
 
 LEASE_S = 1.0
 COUNT = 3
@@ -262,6 +263,30 @@ def test_one_that_comes_back_when_the_policy_has_moved_on_waits_for_the_next_syn
     assert (fleet.engines[VICTIM].version, fleet.engines[VICTIM].digest) == (1, checkpoint)
     sync_until_all(fleet, weights)
     assert fleet.states() == [("COMMITTED", weights.weight_version, digest_of(model))] * COUNT
+
+
+def test_one_that_is_dropped_while_its_lease_comes_does_not_keep_it(
+    fleet: Fleet, replicated: Replicated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lease whose heart went on beating would keep every later update away from it."""
+    model = network()
+    weights = replicated(model)
+    weights.sync()
+    (victim,) = [member for member in weights._members if member.client.address == fleet.addresses[VICTIM]]
+    begin = Session.begin
+
+    def dropped(session: Session, *args: Any, **kwargs: Any) -> Any:
+        lease = begin(session, *args, **kwargs)
+        if session is victim.session:
+            victim.drop("it was slow")
+        return lease
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Session, "begin", dropped)
+        weights.sync()
+    assert len(weights.holding()) == COUNT - 1
+    wait_until_committed(fleet.engines[VICTIM])
+    sync_until_all(fleet, weights)
 
 
 def test_whose_death_others_notice_is_not_counted_on(fleet: Fleet, replicated: Replicated) -> None:
