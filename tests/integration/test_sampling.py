@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tandem.engine.v1 import engine_pb2
 from tandem.inference.v1 import inference_pb2 as pb
 from tests.integration.calls import LONG, Rollouts, generate, ids, one, score
 from tests.services import Service
@@ -178,6 +179,17 @@ def test_a_seed_makes_a_call_repeatable(exact: Service) -> None:
     for place, rollout in first.items():
         assert list(rollout.logprobs) == pytest.approx(list(again[place].logprobs), abs=CLOSE)
     assert all(first[k].token_ids != other[k].token_ids for k in first)
+
+
+def test_the_logprobs_of_a_seeded_call_are_the_same_to_the_last_bit(exact: Service) -> None:
+    """Its rollouts begin together: what each is computed beside does not depend on how fast they come in."""
+    prompts = [[50 + i, *range(3, 3 + 9 * i)] for i in range(16)]
+    runs = []
+    for _ in range(6):
+        exact.engine.ResetPrefixCache(engine_pb2.ResetPrefixCacheRequest(), timeout=30)
+        rollouts = sampled(exact, *prompts, n=2, seed=17, max_tokens=12)
+        runs.append({place: list(rollout.logprobs) for place, rollout in rollouts.items()})
+    assert all(run == runs[0] for run in runs)
 
 
 def test_the_kth_rollout_of_a_call_samples_with_seed_plus_k(exact: Service) -> None:

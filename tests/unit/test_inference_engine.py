@@ -320,6 +320,37 @@ async def test_who_else_holds_generation_keeps_it_over_a_sleep(core: Core, engin
         await engine.sleep()
 
 
+async def test_requests_that_are_gathered_begin_together_where_nothing_else_runs(
+    core: Core, engine: Any
+) -> None:
+    running = 0
+    engine.llm.output_processor = SimpleNamespace(get_num_unfinished_requests=lambda: running)
+    async with engine.gathering():
+        assert core.told == ["keep", "paused"]
+        assert not engine.paused, "nobody has to know of it"
+    assert core.told == ["keep", "paused", "resume"]
+
+    async with engine.gathering():
+        await engine.pause("update")
+        await engine.resume("update")
+        assert core.told.count("resume") == 1, "not before all are there"
+    assert core.told[-1] == "resume"
+
+    async with engine.gathering():
+        await engine.pause("update")
+    assert core.told[-1] == "paused", "somebody stopped generation meanwhile"
+    told = list(core.told)
+    async with engine.gathering():
+        pass
+    assert core.told == told
+    await engine.resume("update")
+
+    running, told = 1, list(core.told)
+    async with engine.gathering():
+        pass
+    assert core.told == told, "others are not stopped"
+
+
 class Workers:
     """Stands for the workers: a call hangs until it may go on."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import broadcast  # type: ignore[import-untyped]
 from trl.trainer.utils import RepeatSampler
 
 from trainer_service.account import Account, Place, digest
@@ -74,6 +75,15 @@ class GroupMixin(ResumeMixin):
         self._step = found.get("micro_step", self._step)
         held = found.get("rollouts")
         self._buffered_inputs = None if held is None else [self._on_device(batch) for batch in held]
+        if held is not None and self._main_says(found.get("aliased", False)):
+            # Steps make versions before rollouts are needed, as they did: the engine has to have the parameters.
+            self.vllm_generation.sync_weights()
+            self._last_loaded_step = self.state.global_step
+
+    def _main_says(self, value: bool) -> bool:
+        return bool(
+            broadcast(torch.tensor([int(value)], device=self.accelerator.device), from_process=0).item()
+        )
 
     def _save_rng_state(self, output_dir: str) -> None:
         if self.args.sync_ref_model and self._has_whole_reference() and self.accelerator.is_main_process:

@@ -37,7 +37,7 @@ class ResumeMixin(_Trainer):
             return {}
         # Where the parameters are the engine's memory, the step itself made a version. Else the next sync will.
         synced = weights.aliased or getattr(self, "_last_loaded_step", -1) == self.state.global_step
-        return {"weight_version": weights.weight_version + (not synced)}
+        return {"weight_version": weights.weight_version + (not synced), "aliased": weights.aliased}
 
     def _set_run_state(self, found: dict[str, Any]) -> None:
         """Go on from what `_run_state` gave."""

@@ -1,0 +1,155 @@
+"""Random kills of trainings, engines, trainer services and their attempts' leaders, while jobs of a tiny model run.
+
+Each job is compared with one of its kind that was never killed: its rollouts, the figures of its steps, its last
+weights, and, with an engine of its own, the weight versions; and its account of rollouts is checked.
+
+python -m benchmarks.kills [--kills 200] [--minutes M] [--seed S] [--out FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import tempfile
+import time
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import provenance
+from tandem.trainer.v1 import job_pb2
+from tests import job_runs, models
+from tests.job_runs import ALGORITHMS, Run, killed, read
+from tests.job_service import JobService, Place, end_jobs, job_service
+from tests.services import inference_service
+
+STEPS = 24
+KILLS_PER_JOB = 4
+#: Of a kill, how many seconds at most after the one before, and after the training goes on: starts, steps, checkpoints.
+_ANY_S, _TRAINING_S = 4.0, 2.5
+#: What is killed, by the module that it runs; the service is no process of the job.
+MODULES = {
+    "training": "trainer_service.jobs.child",
+    "leader": "trainer_service.jobs.run",
+    "engine": "inference_service",
+    "service": "",
+}
+_ENDED = (job_pb2.JOB_STATE_SUCCEEDED, job_pb2.JOB_STATE_FAILED, job_pb2.JOB_STATE_CANCELLED)
+
+
+class Services:
+    """The trainer service, which is started again when it was killed."""
+
+    def __init__(self, folder: Path, place: Place) -> None:
+        self._folder, self._place = folder, place
+        self._stack = ExitStack()
+        self.now = self._start()
+
+    def kill(self) -> None:
+        """Kill it, and start the next."""
+        self.now.kill()
+        self.close()
+        self.now = self._start()
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def _start(self) -> JobService:
+        return self._stack.enter_context(job_service(self._folder, self._place, "--standby=1"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kills", description=__doc__)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--minutes", type=float, default=120.0, help="begin no job after them")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and of what is killed")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/kills.json"))
+    arguments = parser.parse_args()
+    begin, dice = time.monotonic(), random.Random(arguments.seed)
+    kills: Counter[str] = Counter()
+    jobs: Counter[str] = Counter()
+    lost, wrong, anew = [], [], 0
+    with ExitStack() as stack:
+        model = models.make(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tdm"))), "llama")
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tdj")))
+        stack.callback(end_jobs, folder)
+        shared = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tdi")))
+        engine = stack.enter_context(inference_service(model, shared, f"--reference-model={model}"))
+        place = Place(folder / "place", model)
+        services = Services(folder, place)
+        stack.callback(services.close)
+        whole: dict[tuple[str, str], Run] = {}
+        kinds = [(algorithm, address) for algorithm in ALGORITHMS for address in (engine.address, "")]
+        while sum(kills.values()) < arguments.kills and time.monotonic() - begin < 60 * arguments.minutes:
+            kind = kinds[sum(jobs.values()) % len(kinds)]
+            spec = job_runs.spec(place, kind[0], kind[1] or None, max_steps=STEPS)
+            spec.max_retries = 1000
+            if kind not in whole:
+                whole[kind] = read(services.now, _followed(services, spec, kills, dice, 0).id)
+            job = _followed(services, spec, kills, dice, KILLS_PER_JOB)
+            jobs["shared engine" if kind[1] else "own engine"] += 1
+            if job.state != job_pb2.JOB_STATE_SUCCEEDED:
+                lost.append(f"{job.id}, {kind}: {job.reason}")
+            else:
+                run = read(services.now, job.id)
+                anew += run.account.lost
+                if differences := _differences(run, whole[kind], own_engine=not kind[1]):
+                    wrong.append(f"{job.id}, {kind}: {differences}")
+            told = f"{sum(kills.values())} kills, {len(lost) + len(wrong)} of {sum(jobs.values())} jobs wrong"
+            print(told, flush=True)
+    results: dict[str, Any] = provenance() | {
+        "kills": dict(kills) | {"all": sum(kills.values())},
+        "jobs": dict(jobs)
+        | {"all": sum(jobs.values()), "steps of each": STEPS, "algorithms": list(ALGORITHMS)},
+        "steps done anew": anew,
+        "jobs lost": lost,
+        "mismatches": wrong,
+        "seed": arguments.seed,
+        "seconds": round(time.monotonic() - begin),
+    }
+    arguments.out.write_text(json.dumps(results, indent=2) + "\n")
+    print(json.dumps(results, indent=2))
+
+
+def _followed(
+    services: Services, spec: job_pb2.JobSpec, kills: Counter[str], dice: random.Random, count: int
+) -> job_pb2.Job:
+    """Run a job with `count` kills, as far as it is still there to be killed."""
+    job_id = services.now.submit(spec).id
+    for _ in range(count):
+        training, share, what = dice.random() < 0.7, dice.random(), dice.choice(list(MODULES))
+        while training and services.now.get(job_id).state not in (job_pb2.JOB_STATE_RUNNING, *_ENDED):
+            time.sleep(0.05)
+        time.sleep(share * (_TRAINING_S if training else _ANY_S))
+        if services.now.get(job_id).state in _ENDED:
+            break
+        if what == "service":
+            services.kill()
+            kills[what] += 1
+        else:
+            kills[what] += killed(services.now, job_id, MODULES[what])
+    for event in services.now.watch(job_id, seconds=600):
+        if event.HasField("state") and event.state.state in _ENDED:
+            break
+    return services.now.get(job_id)
+
+
+def _differences(run: Run, whole: Run, *, own_engine: bool) -> list[str]:
+    """What a job did otherwise than the one that was not killed. An engine that goes on has other versions."""
+    apart = () if own_engine else ("tandem/weight_version",)
+    found = run.account.faults()
+    if run.sampled != whole.sampled:
+        found.append("other rollouts")
+    if run.figures_without(*apart) != whole.figures_without(*apart):
+        found.append("other figures")
+    if run.digest != whole.digest:
+        found.append("other weights")
+    if own_engine and not run.account.same(whole.account):
+        found.append("other versions")
+    return found
+
+
+if __name__ == "__main__":
+    main()
