@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-import zstandard
 
 #: zstd's level: higher ones cost several times the time for some percent of the bytes. docs/weight-plane.md has both.
 LEVEL = 1
@@ -61,6 +60,8 @@ def changed(now: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
 
 def pack(changes: Changes, max_bytes: int) -> Iterator[Packed]:
     """Cut into pieces that each unpack to at most `max_bytes`."""
+    import zstandard  # here: who moves nothing but whole tensors needs none
+
     indices = changes.indices.cpu().numpy()
     values = changes.values.cpu().numpy()
     size = values.dtype.itemsize
@@ -110,6 +111,8 @@ def unpack(packed: Packed, numel: int, itemsize: int, max_bytes: int) -> Changes
 
 
 def _decompressed(data: bytes, size: int) -> bytes:
+    import zstandard
+
     try:
         # Before anything is allocated: the frame says itself how large it becomes.
         if zstandard.get_frame_parameters(data).content_size != size:
