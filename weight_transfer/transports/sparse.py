@@ -13,8 +13,8 @@ from weight_transfer.transports.base import Moved, Piece, SourceTensor
 from weight_transfer.transports.stream import StreamTransport
 
 #: A tensor of which more than this share of the elements changed travels whole: from there on finding, packing and
-#: placing them costs more time than sending all over a Unix socket, the fastest way that a stream has. docs/weight-plane.md
-#: has the measurement.
+#: placing them costs more time than sending all over a Unix socket, the fastest way that a stream has.
+#: docs/weight-plane.md has the measurement.
 BREAK_EVEN = 0.1
 
 
