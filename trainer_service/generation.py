@@ -19,12 +19,12 @@ from tandem.engine.v1.engine_pb2 import ServingState
 from tandem.errors import FailedPrecondition, Reason, TandemError, Unavailable, invalid
 from tandem.inference.v1 import inference_pb2 as pb
 from trainer_service._trl import VLLMGeneration
-from trainer_service.client import WRITABLE, Group, InferenceClient, is_gone
+from trainer_service.client import WRITABLE, Group, is_gone
+from trainer_service.reaching import Services, Weights, restore
 from trainer_service.sampling import sampling_params
 from trainer_service.seeds import Call, Numbering
 from trainer_service.shards import Gathering
 from trainer_service.updates import ATTEMPTS
-from trainer_service.weights import PolicyWeights
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +45,8 @@ class RemoteGeneration(VLLMGeneration):
     def __init__(
         self,
         *args: Any,
-        client: InferenceClient,
-        weights: PolicyWeights | None,
+        client: Services,
+        weights: Weights | None,
         gathering: Gathering | None = None,
         lora: str = "",
         seed: int | None = None,
@@ -250,7 +250,7 @@ class RemoteGeneration(VLLMGeneration):
         if error.reason == Reason.QUEUE_FULL:
             time.sleep(error.retry_after or 1.0)
         elif self.weights is not None:
-            self.weights.sync()
+            restore(self.weights, self.server_timeout)
             self._version = self.weights.weight_version
         else:
             self._wait_for_version()

@@ -50,8 +50,8 @@ class Replicas:
             )
         self.clients = list(clients)
         self.address = ", ".join(addresses)
-        #: Addresses of the replicas that hold the weights, by whoever brings them; None: those that say so themselves.
-        self.holding: Callable[[], Collection[str]] | None = None
+        #: Addresses of the replicas that hold the weights, by whoever brings them; None where that is not to say.
+        self.holding: Callable[[], Collection[str] | None] = lambda: None
         self._replicas = [Replica(client, index) for index, client in enumerate(clients)]
         self._prefixes = Prefixes()
         self._lock = threading.Lock()
@@ -149,9 +149,9 @@ class Replicas:
         raise error or nobody()
 
     def tokenize(self, texts: Sequence[Any], timeout_s: float | None = None) -> list[list[int]]:
-        """Get token ids, as InferenceClient does, of one replica."""
+        """Get token ids, as InferenceClient does, of one replica, whatever weights it has."""
         error: TandemError | None = None
-        for replica in self.usable():
+        for replica in sorted(self._replicas, key=lambda replica: not (replica.answers and replica.serves)):
             try:
                 return replica.client.tokenize(texts, timeout_s)
             except Unavailable as raised:
@@ -180,7 +180,7 @@ class Replicas:
 
     def usable(self, without: Collection[Replica] = ()) -> list[Replica]:
         """The replicas that may be asked for rollouts. Where none is known to answer, all: one may be back."""
-        holding = self.holding() if self.holding is not None else None
+        holding = self.holding()
         held = [
             replica
             for replica in self._replicas

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from trainer_service._trl_async import AsyncRolloutWorker
+from trainer_service.reaching import Weights
 from trainer_service.rollout_loop import RemoteLoop, Turns
-from trainer_service.weights import PolicyWeights
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ class _Version:
 class EngineTransfer:
     """Has the engine hold the policy. Generation goes on: the service stops it for as long as the commit needs."""
 
-    def __init__(self, weights: PolicyWeights) -> None:
+    def __init__(self, weights: Weights) -> None:
         self.weights = weights
 
     def init_weight_transfer(self) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from tandem.errors import FailedPrecondition, Reason, TandemError, invalid
 from tandem.inference.v1 import inference_pb2 as pb
 from trainer_service.client import InferenceClient, is_gone
+from trainer_service.replicas import Replicas
 from trainer_service.tokenizers import check_tokenizer
 from trainer_service.updates import ATTEMPTS
 
@@ -24,7 +25,7 @@ class Teacher:
 
     def __init__(
         self,
-        client: InferenceClient,
+        client: InferenceClient | Replicas,
         *,
         timeout_s: float = 240.0,
         recover: Callable[[TandemError], None] | None = None,

@@ -6,13 +6,14 @@ from typing import Any
 
 from tandem.errors import invalid
 from trainer_service.client import InferenceClient
+from trainer_service.replicas import Replicas
 
 #: Texts by which two tokenizers are compared, one token of the vocabulary in each, beside the text below.
 SAMPLES = 512
 _TEXT = "Naïve 2+2 == 4,\n\tdef f(x): return x  # ügly 漢字 🙂"
 
 
-def check_tokenizer(client: InferenceClient, tokenizer: Any, field: str) -> None:
+def check_tokenizer(client: InferenceClient | Replicas, tokenizer: Any, field: str) -> None:
     """Refuse a tokenizer that makes other tokens of a sample of its whole vocabulary than the service does.
 
     Args:

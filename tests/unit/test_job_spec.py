@@ -10,6 +10,7 @@ import pytest
 
 from tandem.errors import InvalidArgument
 from tests.jobs import spec, table
+from trainer_service.jobs.configure import arguments
 from trainer_service.jobs.folder import JobFolder
 from trainer_service.jobs.reading import read
 from trainer_service.jobs.run import engine_command
@@ -76,6 +77,12 @@ def test_what_is_wrong_is_named(fields: dict[str, Any], wrong: dict[str, str]) -
         spec(**fields)
     assert {v.field: v.description for v in raised.value.violations} == wrong
     assert "\n" not in raised.value.message
+
+
+def test_replicas_of_the_engine_take_their_weights_by_stream(tmp_path: Path) -> None:
+    for addresses, mode in ((["unix:///a"], "colocate"), (["unix:///a", "unix:///b"], "server")):
+        made = spec(inference={"service": {"addresses": addresses}})
+        assert arguments(made, tmp_path, cpu=True)["vllm_mode"] == mode
 
 
 @pytest.mark.parametrize(("rank", "room"), [(None, 8), (4, 8), (17, 32), (64, 64)])

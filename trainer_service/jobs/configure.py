@@ -75,5 +75,6 @@ def arguments(spec: JobSpec, folder: Path, *, cpu: bool) -> dict[str, Any]:
 def _shares_host(spec: JobSpec) -> bool:
     """Whether the engine's memory can be shared by default."""
     if spec.inference.service is not None:
-        return spec.inference.service.addresses[0].startswith("unix:")
+        first, *more = spec.inference.service.addresses
+        return not more and first.startswith("unix:")
     return spec.inference.managed is not None and spec.inference.managed.gpus == 0

@@ -62,9 +62,6 @@ def _conflicts(spec: JobSpec, prefix: str) -> list[Violation]:
         ]
     elif any(reward.judge is not None for reward in spec.rewards) and len(spec.rewards) > 1:
         found.append(Violation(f"{prefix}.rewards", "a judge is the only one where there is one"))
-    if spec.inference.service is not None and len(spec.inference.service.addresses) > 1:
-        field = f"{prefix}.inference.service.addresses"
-        found.append(Violation(field, "a job trains with one inference service"))
     hardware = spec.hardware
     if hardware.cpu and hardware.gpus:
         found.append(Violation(f"{prefix}.hardware.gpus", "a training on the CPU has none"))

@@ -119,7 +119,7 @@ class Attempt:
         service = self._spec.inference.service
         if service is None:
             return {"TANDEM_INFERENCE_ADDRESS": f"unix://{self._folder.socket}", "TANDEM_INFERENCE_TOKEN": ""}
-        given = {"TANDEM_INFERENCE_ADDRESS": service.addresses[0]}
+        given = {"TANDEM_INFERENCE_ADDRESS": ",".join(service.addresses)}
         if service.token_file is not None:
             given["TANDEM_INFERENCE_TOKEN"] = Path(service.token_file).read_text().strip()
         if service.ca_file is not None:

@@ -12,6 +12,7 @@ from tandem.errors import FailedPrecondition, Reason, invalid
 from tandem.inference.v1 import inference_pb2 as pb
 from trainer_service._trl_experimental import empty_cache
 from trainer_service.client import Group
+from trainer_service.reaching import Addresses
 from trainer_service.trainers.online_dpo import OnlineDPOTrainer
 from trainer_service.trainers.pairs import PromptBatch
 
@@ -51,7 +52,7 @@ class AgainstTrainer(OnlineDPOTrainer):
                 f"{type(self).__name__} needs a reference in the inference service: start it with --reference-model.",
             )
 
-    def _start(self, init: Any, args: Any, address: str | None, token: str | None) -> None:
+    def _start(self, init: Any, args: Any, address: Addresses | None, token: str | None) -> None:
         self._compared = False
         super()._start(init, args, address, token)
         self.stats = {name: [] for name in self._statistics}

@@ -22,7 +22,9 @@ from trainer_service._trl_async import (
     TrlAsyncGRPOTrainer,
 )
 from trainer_service.adapter_tensors import adapter_tensors
-from trainer_service.client import WRITABLE, InferenceClient
+from trainer_service.client import WRITABLE
+from trainer_service.reaching import INFERENCE, Addresses, Services, reached, restore, weights_of
+from trainer_service.replicas import Replicas
 from trainer_service.rewards import prepared
 from trainer_service.rollout_loop import Turns
 from trainer_service.rollout_worker import EngineTransfer, RolloutWorker
@@ -32,15 +34,12 @@ from trainer_service.trainers.fresh import Fresh, Source, Staleness
 from trainer_service.trainers.inputs import check_config, columns_of
 from trainer_service.trainers.mixin import (
     ADAPTER,
-    INFERENCE,
     LORA_MODES,
     TRANSPORTS,
-    connected,
     named_after,
     replaced,
 )
 from trainer_service.trainers.tree_attention import register_plain_attention
-from trainer_service.weights import PolicyWeights
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset  # type: ignore[import-untyped]
@@ -90,7 +89,7 @@ class AsyncGRPOTrainer(TrlAsyncGRPOTrainer):
         rollout_worker: RolloutWorkerProtocol | None = None,
         weight_transfer: WeightTransferProtocol | None = None,
         *,
-        inference_address: str | None = None,
+        inference_address: Addresses | None = None,
         inference_token: str | None = None,
         vllm_mode: str = "server",
         lora_mode: str = "merged",
@@ -98,7 +97,8 @@ class AsyncGRPOTrainer(TrlAsyncGRPOTrainer):
         """TRL's arguments, of which `rollout_worker` and `weight_transfer` are the service's parts, and:
 
         Args:
-            inference_address: `unix:///absolute/path` or `host:port`; by default TANDEM_INFERENCE_ADDRESS.
+            inference_address: `unix:///absolute/path` or `host:port`, or several, of replicas; by default
+                TANDEM_INFERENCE_ADDRESS, with commas between them.
             inference_token: the service's token; by default TANDEM_INFERENCE_TOKEN.
             vllm_mode: "server": generation goes on while new weights arrive. "colocate": the parameters are the
                 engine's memory where they can be, and it stands still for the optimizer's steps.
@@ -125,8 +125,8 @@ class AsyncGRPOTrainer(TrlAsyncGRPOTrainer):
             raise invalid("reward_funcs", f"functions or services are needed, not {type(wrong[0]).__name__}")
         adapter = ADAPTER if lora_mode == "adapter" else ""
 
-        def reach() -> InferenceClient:
-            return connected(INFERENCE, "inference_address", inference_address, inference_token)
+        def reach() -> Services:
+            return reached(INFERENCE, "inference_address", inference_address, inference_token, vllm_mode)
 
         self._client = client = reach()
         try:
@@ -141,7 +141,7 @@ class AsyncGRPOTrainer(TrlAsyncGRPOTrainer):
                 )
             if args.token_budget is None:
                 args.token_budget = info.max_model_len
-            self.policy_weights = PolicyWeights(
+            self.policy_weights = weights_of(
                 client,
                 lambda: self.model,
                 transport=("stream",) if adapter else TRANSPORTS[vllm_mode],
@@ -171,18 +171,22 @@ class AsyncGRPOTrainer(TrlAsyncGRPOTrainer):
         except BaseException:
             client.close()
             raise
-        worker.describe(
-            lambda: Turns(
-                reach(),
+
+        def turns() -> Turns:
+            services = reach()  # of its own, which end with it
+            if isinstance(services, Replicas) and isinstance(client, Replicas):
+                services.holding = client.holding
+            return Turns(
+                services,
                 sampling,
                 version=self._version,
                 seed=args.seed,
                 lora=adapter,
                 timeout_s=args.request_timeout,
                 patience_s=args.vllm_server_timeout,
-            ),
-            **self._loop_arguments(rewards, tools, environment_factory),
-        )
+            )
+
+        worker.describe(turns, **self._loop_arguments(rewards, tools, environment_factory))
 
     def _started(self, args: AsyncGRPOConfig) -> Any:
         """Goes around TRL's start, which asks the CUDA device for its name."""
@@ -259,7 +263,7 @@ class AsyncGRPOTrainer(TrlAsyncGRPOTrainer):
         self.rollout_worker.check_health(self.args.heartbeat_stale_after_s)
         if self.rollout_worker.lost:
             # It was started again, perhaps, and everybody waits for everybody.
-            self.policy_weights.sync()
+            restore(self.policy_weights, 0.0)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's. Where it raises within an optimizer step, the lease of that step is given back."""

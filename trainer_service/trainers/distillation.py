@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainer_service._trl_experimental import DistillationConfig, TrlDistillationTrainer
+from trainer_service.reaching import Addresses
 from trainer_service.trainers.inputs import check_config, columns_of
 from trainer_service.trainers.mixin import named_after
 from trainer_service.trainers.turns import ToolTurnMixin
@@ -48,7 +49,7 @@ class DistillationTrainer(ToolTurnMixin, TrlDistillationTrainer):
         peft_config: PeftConfig | None = None,
         tools: list[Callable[..., Any]] | None = None,
         *,
-        inference_address: str | None = None,
+        inference_address: Addresses | None = None,
         inference_token: str | None = None,
     ) -> None:
         """TRL's arguments; the others and the errors are GRPOTrainer's."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from trainer_service._trl_experimental import GMPOConfig, TrlGMPOTrainer
+from trainer_service.reaching import Addresses
 from trainer_service.trainers.grpo import GRPOTrainer
 from trainer_service.trainers.inputs import check_config
 from trainer_service.trainers.mixin import named_after
@@ -25,7 +26,7 @@ class GMPOTrainer(GRPOTrainer, TrlGMPOTrainer):
         reward_funcs: RewardFunc | list[RewardFunc],
         args: GMPOConfig | None = None,
         *,
-        inference_address: str | None = None,
+        inference_address: Addresses | None = None,
         inference_token: str | None = None,
         **kwargs: Any,
     ) -> None:

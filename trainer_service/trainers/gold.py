@@ -9,7 +9,7 @@ import torch
 
 from tandem.errors import invalid
 from trainer_service._trl_experimental import GOLDConfig, TrlGOLDTrainer
-from trainer_service.client import InferenceClient
+from trainer_service.reaching import Addresses, Services
 from trainer_service.trainers.inputs import check_config
 from trainer_service.trainers.mixin import named_after
 from trainer_service.trainers.slices import SliceMixin
@@ -57,7 +57,7 @@ class GOLDTrainer(SliceMixin, TrlGOLDTrainer):
         preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         peft_config: PeftConfig | None = None,
         *,
-        inference_address: str | None = None,
+        inference_address: Addresses | None = None,
         inference_token: str | None = None,
     ) -> None:
         """TRL's arguments; the others and the errors are GRPOTrainer's, and `args.max_length` must have room in the
@@ -83,7 +83,7 @@ class GOLDTrainer(SliceMixin, TrlGOLDTrainer):
 
         self._start(init, args, inference_address, inference_token)
 
-    def _attach(self, client: InferenceClient, args: Any, transports: Sequence[str]) -> None:
+    def _attach(self, client: Services, args: Any, transports: Sequence[str]) -> None:
         limit = client.get_model().max_model_len
         # TRL would start its own engine with this length.
         if args.max_length is not None and args.max_length > limit:

@@ -10,6 +10,7 @@ import torch
 
 from tandem.errors import invalid
 from trainer_service._trl import GRPOConfig, TrlGRPOTrainer, get_config_model_id
+from trainer_service.reaching import Addresses
 from trainer_service.rewards import prepared
 from trainer_service.trainers.groups import RELIED_ON, GroupMixin
 from trainer_service.trainers.inputs import RewardedMixin, check_config, columns_of
@@ -70,14 +71,15 @@ class GRPOTrainer(ToolTurnMixin, GroupMixin, RewardedMixin, TrlGRPOTrainer):
         rollout_func: RolloutFunc | None = None,
         environment_factory: EnvironmentFactory | dict[str, EnvironmentFactory] | None = None,
         *,
-        inference_address: str | None = None,
+        inference_address: Addresses | None = None,
         inference_token: str | None = None,
         lora_mode: str = "merged",
     ) -> None:
         """TRL's arguments, and:
 
         Args:
-            inference_address: `unix:///absolute/path` or `host:port`; by default TANDEM_INFERENCE_ADDRESS.
+            inference_address: `unix:///absolute/path` or `host:port`, or several, of replicas; by default
+                TANDEM_INFERENCE_ADDRESS, with commas between them.
             inference_token: the service's token; by default TANDEM_INFERENCE_TOKEN.
             lora_mode: "merged" gives the engine the policy with its LoRA adapter merged in; "adapter" the adapter
                 alone, in either `args.vllm_mode`, for an engine with enable_lora that has the base's weights.

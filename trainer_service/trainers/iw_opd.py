@@ -9,6 +9,7 @@ import torch
 
 from tandem.errors import invalid
 from trainer_service._trl_experimental import IWOPDConfig, TrlIWOPDTrainer
+from trainer_service.reaching import Addresses
 from trainer_service.trainers.inputs import check_config
 from trainer_service.trainers.mixin import RemoteMixin
 from trainer_service.trainers.slices import SliceMixin
@@ -68,7 +69,7 @@ class IWOPDTrainer(TaughtMixin, SliceMixin, TrlIWOPDTrainer):
         preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         peft_config: PeftConfig | None = None,
         *,
-        inference_address: str | None = None,
+        inference_address: Addresses | None = None,
         inference_token: str | None = None,
         teacher_address: str | None = None,
         teacher_token: str | None = None,

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, cast
 
 from tandem.errors import invalid
 from tandem.inference.v1 import inference_pb2 as pb
-from tandem.rpc.address import parse
 from trainer_service._trl import get_config_model_id
 from trainer_service.account import Account
 from trainer_service.adapter_tensors import adapter_tensors
-from trainer_service.client import WRITABLE, InferenceClient
+from trainer_service.client import WRITABLE
 from trainer_service.generation import RemoteGeneration
 from trainer_service.policy_tensors import EVERYTHING, policy_tensors
+from trainer_service.reaching import INFERENCE, Addresses, Services, Weights, reached, weights_of
 from trainer_service.seeds import Numbering
 from trainer_service.shards import Gathering
 from trainer_service.tokenizers import check_tokenizer
 from trainer_service.trainers.resume import RELIED_ON, ResumeMixin
-from trainer_service.weights import PolicyWeights
 from weight_transfer.transports import SourceTensor
 
-INFERENCE = "TANDEM_INFERENCE"
 TRL_SERIES = "1.16."
 
 #: The transports of each vllm_mode, the fastest first: "colocate" shares memory, "server" may be anywhere.
@@ -68,20 +65,20 @@ class RemoteMixin(ResumeMixin):
     vllm_mode: str
     use_vllm: bool
     model: Any
-    policy_weights: PolicyWeights | None
+    policy_weights: Weights | None
     _lora_mode = "merged"  # a trainer that takes another sets it first
     _evaluating = False
     #: Where trainers that groups are known of keep account of them.
     account: Account | None = None
 
-    def _start(self, init: Any, args: Any, address: str | None, token: str | None) -> None:
+    def _start(self, init: Any, args: Any, address: Addresses | None, token: str | None) -> None:
         """Run TRL's `init`, then take vLLM's place."""
         mode = args.vllm_mode
         if self._lora_mode not in LORA_MODES:
             raise invalid("lora_mode", f"{self._lora_mode!r} is neither 'merged' nor 'adapter'")
         if mode not in TRANSPORTS:
             raise invalid("vllm_mode", f"{mode!r} is neither 'colocate' nor 'server'")
-        client = connected(INFERENCE, "inference_address", address, token)
+        client = reached(INFERENCE, "inference_address", address, token, mode)
         try:
             # Before a model is loaded.
             self._check_service(client.wait_until_serving(args.vllm_server_timeout, accept=WRITABLE))
@@ -97,7 +94,7 @@ class RemoteMixin(ResumeMixin):
     def _check_service(self, info: pb.GetModelResponse) -> None:
         """Refuse a service that lacks what this trainer needs."""
 
-    def _attach(self, client: InferenceClient, args: Any, transports: Sequence[str]) -> None:
+    def _attach(self, client: Services, args: Any, transports: Sequence[str]) -> None:
         main = self.accelerator.is_main_process
         adapter = ADAPTER if self._lora_mode == "adapter" else ""
         if adapter:
@@ -105,7 +102,7 @@ class RemoteMixin(ResumeMixin):
             transports = ("stream",)
         gathering = Gathering(self.accelerator, lambda: self.model, self._everything)
         self.policy_weights = (
-            PolicyWeights(
+            weights_of(
                 client,
                 lambda: self.model,
                 transport=transports,
@@ -246,30 +243,6 @@ class MeteredMixin(RemoteMixin):
         for name, values in self.vllm_generation.drain_metrics().items():
             metrics[name].extend(values)
         super().log(logs, start_time)
-
-
-def connected(prefix: str, field: str, address: str | None, token: str | None) -> InferenceClient:
-    """A client of a service. What is not given is in variables of the environment.
-
-    Args:
-        prefix: of the variables: {prefix}_ADDRESS, _TOKEN, and the files that a service on another host needs,
-            _CA_FILE, _CERT_FILE and _KEY_FILE.
-        field: what to call the address in errors.
-        address: `unix:///absolute/path` or `host:port`.
-        token: the service's.
-
-    Raises:
-        InvalidArgument: there is no address, or it is malformed.
-    """
-    address = address or os.environ.get(f"{prefix}_ADDRESS")
-    if not address:
-        raise invalid(field, f"give it, or set {prefix}_ADDRESS: unix:///path or host:port")
-    parse(address, field=field)
-    files: dict[str, Any] = {}
-    for name in ("ca_file", "cert_file", "key_file"):
-        if file := os.environ.get(f"{prefix}_{name.upper()}"):
-            files[name] = file
-    return InferenceClient(address, token=token or os.environ.get(f"{prefix}_TOKEN") or None, **files)
 
 
 def named_after(model: Any, suffix: str) -> str:

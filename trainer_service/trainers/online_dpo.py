@@ -9,6 +9,7 @@ import torch
 
 from tandem.errors import invalid
 from trainer_service._trl_experimental import OnlineDPOConfig, TrlOnlineDPOTrainer
+from trainer_service.reaching import Addresses
 from trainer_service.rewards import JudgeReward, PairwiseJudge, prepared
 from trainer_service.trainers.agreement import agree
 from trainer_service.trainers.inputs import Noted, check_config, check_noted, columns_of
@@ -58,7 +59,7 @@ class OnlineDPOTrainer(PairMixin, TrlOnlineDPOTrainer):  # type: ignore[misc]  #
         preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         *,
         judge: PairwiseJudge | JudgeReward | None = None,
-        inference_address: str | None = None,
+        inference_address: Addresses | None = None,
         inference_token: str | None = None,
         lora_mode: str = "merged",
     ) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainer_service.weights import PolicyWeights
+from trainer_service.reaching import Weights
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -28,7 +28,7 @@ RELIED_ON = ("_save_rng_state", "_load_optimizer_and_scheduler")
 class ResumeMixin(_Trainer):
     """For trainers whose checkpoints shall have what their runs need to go on."""
 
-    policy_weights: PolicyWeights | None
+    policy_weights: Weights | None
 
     def _run_state(self) -> dict[str, Any]:
         """What must outlive this rank's process: tensors and plain values, in lists and dicts."""

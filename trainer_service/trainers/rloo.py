@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from trainer_service._trl import RLOOConfig, TrlRLOOTrainer, get_config_model_id
+from trainer_service.reaching import Addresses
 from trainer_service.rewards import prepared
 from trainer_service.trainers.groups import RELIED_ON, GroupMixin
 from trainer_service.trainers.inputs import RewardedMixin, check_config, columns_of
@@ -57,7 +58,7 @@ class RLOOTrainer(TurnMixin, GroupMixin, RewardedMixin, TrlRLOOTrainer):
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
         *,
-        inference_address: str | None = None,
+        inference_address: Addresses | None = None,
         inference_token: str | None = None,
         lora_mode: str = "merged",
     ) -> None:

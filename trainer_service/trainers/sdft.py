@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from trainer_service._trl_experimental import SDFTConfig, TrlSDFTTrainer
+from trainer_service.reaching import Addresses
 from trainer_service.trainers.inputs import check_config, columns_of
 from trainer_service.trainers.mixin import named_after
 from trainer_service.trainers.selftaught import SelfTaughtMixin
@@ -38,7 +39,7 @@ class SDFTTrainer(SelfTaughtMixin, TrlSDFTTrainer):
         ),
         peft_config: PeftConfig | None = None,
         *,
-        inference_address: str | None = None,
+        inference_address: Addresses | None = None,
         inference_token: str | None = None,
     ) -> None:
         """TRL's arguments; the others and the errors are GRPOTrainer's.

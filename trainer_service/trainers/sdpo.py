@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainer_service._trl_experimental import SDPOConfig, TrlSDPOTrainer
+from trainer_service.reaching import Addresses
 from trainer_service.rewards import prepared
 from trainer_service.trainers.inputs import RewardedMixin, check_config, columns_of
 from trainer_service.trainers.mixin import named_after
@@ -38,7 +39,7 @@ class SDPOTrainer(SelfTaughtMixin, RewardedMixin, TrlSDPOTrainer):
         ),
         peft_config: PeftConfig | None = None,
         *,
-        inference_address: str | None = None,
+        inference_address: Addresses | None = None,
         inference_token: str | None = None,
     ) -> None:
         """TRL's arguments; the others and the errors are SDFTTrainer's."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
 from tandem.errors import invalid
-from trainer_service.client import InferenceClient
+from trainer_service.reaching import Addresses, Services
 from trainer_service.teacher import Teacher, check_scoring
 from trainer_service.trainers.mixin import MeteredMixin, RemoteMixin
 
@@ -28,12 +28,12 @@ class SelfTaughtMixin(MeteredMixin):
     use_teacher_server: bool
     teacher_client: Any
 
-    def _start(self, init: Any, args: Any, address: str | None, token: str | None) -> None:
+    def _start(self, init: Any, args: Any, address: Addresses | None, token: str | None) -> None:
         if args.use_teacher_server:
             _check_live(args)
         super()._start(init, args, address, token)
 
-    def _attach(self, client: InferenceClient, args: Any, transports: Sequence[str]) -> None:
+    def _attach(self, client: Services, args: Any, transports: Sequence[str]) -> None:
         super()._attach(client, args, transports)
         if not args.use_teacher_server:
             return

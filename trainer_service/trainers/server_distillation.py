@@ -8,6 +8,7 @@ import torch
 
 from tandem.errors import invalid
 from trainer_service._trl_experimental import ServerDistillationConfig, TrlServerDistillationTrainer
+from trainer_service.reaching import Addresses
 from trainer_service.trainers.inputs import check_config, columns_of
 from trainer_service.trainers.taught import TaughtMixin
 from trainer_service.trainers.turns import ToolTurnMixin, TurnMixin
@@ -49,7 +50,7 @@ class ServerDistillationTrainer(TaughtMixin, ToolTurnMixin, TrlServerDistillatio
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
         *,
-        inference_address: str | None = None,
+        inference_address: Addresses | None = None,
         inference_token: str | None = None,
         teacher_address: str | None = None,
         teacher_token: str | None = None,

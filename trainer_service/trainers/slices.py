@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
-from trainer_service.client import InferenceClient
+from trainer_service.reaching import Services
 from trainer_service.trainers.mixin import MeteredMixin
 
 
@@ -21,7 +21,7 @@ class SliceMixin(MeteredMixin):
 
     vllm_sync_frequency: int
 
-    def _attach(self, client: InferenceClient, args: Any, transports: Sequence[str]) -> None:
+    def _attach(self, client: Services, args: Any, transports: Sequence[str]) -> None:
         self.vllm_sync_frequency = args.vllm_sync_frequency
         super()._attach(client, args, transports)
 

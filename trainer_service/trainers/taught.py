@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tandem.errors import invalid
-from trainer_service.client import InferenceClient
+from trainer_service.reaching import Addresses, Services, connected
 from trainer_service.teacher import Teacher, check_scoring
-from trainer_service.trainers.mixin import RemoteMixin, connected
+from trainer_service.trainers.mixin import RemoteMixin
 
 TEACHER = "TANDEM_TEACHER"
 
@@ -23,7 +23,7 @@ class TaughtMixin(RemoteMixin):
         self,
         init: Callable[[], None],
         args: Any,
-        address: str | None,
+        address: Addresses | None,
         token: str | None,
         teacher_address: str | None,
         teacher_token: str | None,
@@ -50,7 +50,7 @@ class TaughtMixin(RemoteMixin):
             teacher.close()
             raise
 
-    def _attach(self, client: InferenceClient, args: Any, transports: Sequence[str]) -> None:
+    def _attach(self, client: Services, args: Any, transports: Sequence[str]) -> None:
         teacher: Teacher | None = self.teacher_client
         if teacher is not None:
             if teacher.wait_until_serving().engine_id == client.get_model().engine_id:
