@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -100,6 +101,12 @@ def load() -> None:
     ):
         with contextlib.suppress(Exception):
             importlib.import_module(name)
+    with contextlib.suppress(Exception):  # some hundred patterns, compiled once
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+        get_checkpoint_conversion_mapping("llama")  # type: ignore[no-untyped-call]
+    gc.collect()
+    gc.freeze()  # else trainers, which collect when they begin, look through all of this again
 
 
 def knows_gpus() -> bool:
