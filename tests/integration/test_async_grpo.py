@@ -137,6 +137,55 @@ def test_an_adapter_reaches_the_engine_and_leaves_the_base_alone(
     trainer.close()
 
 
+class Guess:
+    """An environment that says what to do, and rewards it."""
+
+    def reset(self, **_: Any) -> str:
+        return " Write much."
+
+    def get_reward(self) -> float:
+        return float(id(self) % 7)
+
+
+def test_environments_own_the_reward(service: Service, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    trainer = AsyncGRPOTrainer(
+        str(checkpoints["llama"]),
+        args=arguments(tmp_path, max_steps=2, report_to=[]),
+        train_dataset=prompts(),
+        processing_class=tokenizer(),
+        environment_factory=Guess,
+        inference_address=service.address,
+    )
+    trainer.train()
+    assert len(logged(trainer, "rewards/Guess")) == 2
+    trainer.close()
+
+
+def test_a_run_goes_on_from_its_checkpoint(
+    service: Service, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Recorded(
+        service, checkpoints["llama"], tmp_path, monkeypatch, max_steps=2, save_strategy="steps", save_steps=2
+    )
+    first.trainer.train()
+    first.trainer.close()
+    again = Recorded(service, checkpoints["llama"], tmp_path, monkeypatch, max_steps=3)
+    again.trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    trainer = again.trainer
+    assert trainer.state.global_step == 3
+    assert len(again.trained) == 1
+    assert trainer.rollout_worker._loop_kwargs["dataset_start_index"] > 0, (
+        "it does not begin with the first prompt"
+    )
+    earliest = min(again.policies)
+    assert earliest > max(version for version, _ in first.trained), "versions go on"
+    name = "model.layers.0.self_attn.q_proj.weight"
+    last = first.trainer.model.state_dict()[name]
+    assert torch.equal(again.policies[earliest][name], last), "the checkpoint is what is sampled from"
+    assert_same_bits(service, trainer.model)
+    trainer.close()
+
+
 def broken(completions: list[Any], **_: Any) -> list[float]:
     return [float("nan")] * len(completions)
 
