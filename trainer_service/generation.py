@@ -199,6 +199,8 @@ class RemoteGeneration(VLLMGeneration):
             if new := list(self.weights.history)[-count:] if count else []:
                 metrics["tandem/sync_ms"] = [update.seconds * 1e3 for update in new]
                 metrics["tandem/bytes_moved"] = [float(update.nbytes) for update in new]
+                if changed := [float(update.changed) for update in new if update.changed is not None]:
+                    metrics["tandem/elements_changed"] = changed
             metrics["tandem/weight_version"] = [float(self.weights.weight_version)]
             if self.weights.transport:  # a figure has no text: the name tells, and its value is 1
                 metrics[f"tandem/transport/{self.weights.transport}"] = [1.0]

@@ -79,13 +79,27 @@ def reached(
 def weights_of(services: Services, model: Callable[[], nn.Module], **options: Any) -> Weights:
     """What brings the policy to the services. From then on, rollouts are asked of those that hold it.
 
-    options: of PolicyWeights.
+    options: of PolicyWeights. How updates go is in variables of the environment: TANDEM_INFERENCE_UPDATE_MODE is staged
+        or in_place, and TANDEM_INFERENCE_SPARSE is 1 where those by stream shall carry what changed alone.
+
+    Raises:
+        InvalidArgument: a variable or an option has another value, or one that several services cannot have.
     """
+    options = _updates_asked_for() | options
     if isinstance(services, InferenceClient):
         return PolicyWeights(services, model, **options)
     weights = ReplicatedWeights(services.clients, model, **options)
     services.holding = lambda: weights.holding() if weights.weight_version else None
     return weights
+
+
+def _updates_asked_for() -> dict[str, Any]:
+    mode, sparse = f"{INFERENCE}_UPDATE_MODE", f"{INFERENCE}_SPARSE"
+    if os.environ.get(sparse, "") not in ("", "0", "1"):
+        raise invalid(sparse, f"is 0 or 1, not {os.environ[sparse]!r}")
+    if os.environ.get(mode, "") not in ("", "staged", "in_place"):
+        raise invalid(mode, f"is staged or in_place, not {os.environ[mode]!r}")
+    return {"mode": os.environ.get(mode, ""), "sparse": os.environ.get(sparse) == "1"}
 
 
 def restore(weights: Weights, patience_s: float) -> None:

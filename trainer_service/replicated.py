@@ -62,6 +62,7 @@ class ReplicatedWeights:
         timeout_s: float = 240.0,
         led: Callable[[list[SourceTensor]], list[SourceTensor]] = list,
         adapter: str = "",
+        mode: str = "",
         sparse: bool = False,
     ) -> None:
         """Prepare; nothing is called before the first `sync`.
@@ -73,10 +74,11 @@ class ReplicatedWeights:
             timeout_s: how many seconds to wait where no service answers.
             led: goes around the tensors of a policy that other ranks must read too.
             adapter: what to call the model's LoRA adapter in the engines, if it is all that they are given.
+            mode: staged, as every update of several services is, or "".
             sparse: whether updates carry what changed alone, as far as the services all hold the last commit.
 
         Raises:
-            InvalidArgument: no service, one of them twice, or a transport that is another.
+            InvalidArgument: no service, one of them twice, or a transport or mode that is another.
         """
         addresses = [client.address for client in clients]
         if not addresses or len(set(addresses)) < len(addresses):
@@ -91,6 +93,10 @@ class ReplicatedWeights:
                 "transport",
                 f"several replicas take their weights by stream, not by {', '.join(wanted)}: parameters can be the "
                 "memory of one engine alone",
+            )
+        if mode not in ("", "staged"):
+            raise invalid(
+                "mode", f"updates of several replicas are staged, not {mode}: else none could be given up"
             )
         self.history: deque[UpdateStats] = deque(maxlen=1000)
         self.committed = 0

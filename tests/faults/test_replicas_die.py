@@ -340,6 +340,8 @@ def test_replicas_that_share_memory_or_are_one(fleet: Fleet) -> None:
     client = InferenceClient(fleet.addresses[0])
     with pytest.raises(InvalidArgument, match="the memory of one engine alone"):
         ReplicatedWeights([client], network, transport="shared")
+    with pytest.raises(InvalidArgument, match="are staged, not in_place"):
+        ReplicatedWeights([client], network, mode="in_place")
     for clients in ([], [client, client]):
         with pytest.raises(InvalidArgument, match="each replica once"):
             ReplicatedWeights(clients, network)

@@ -103,6 +103,40 @@ def test_a_run_keeps_the_engine_at_the_trainers_bits(
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 
 
+def test_a_run_that_sends_what_changed_alone(
+    engine: Service, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TANDEM_INFERENCE_SPARSE", "1")
+    model = model_of(checkpoints["llama"], torch.float32)
+    trainer = make("grpo", engine, model, tmp_path, vllm_mode="server", max_steps=3, learning_rate=1e-6)
+    trainer.train()
+    trainer.vllm_generation.sync_weights()
+    assert_same_bits(engine, model)
+    first, *rest = trainer.policy_weights.history
+    assert first.changed is None
+    numel = sum(parameter.numel() for parameter in model.parameters())
+    assert all(0 < update.changed < numel for update in rest)
+    assert all(update.nbytes < first.nbytes for update in rest)
+    assert logged(trainer, "tandem/elements_changed") == [float(update.changed) for update in rest[:2]]
+    assert all(value < 0.05 for value in logged(trainer, "sampling/sampling_logp_difference/mean"))
+    trainer.close()
+
+
+@pytest.mark.parametrize(("name", "value"), [("SPARSE", "yes"), ("UPDATE_MODE", "sideways")])
+def test_a_variable_that_says_nothing_is_named(
+    engine: Service,
+    checkpoints: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    value: str,
+) -> None:
+    monkeypatch.setenv(f"TANDEM_INFERENCE_{name}", value)
+    with pytest.raises(InvalidArgument, match=value) as raised:
+        make("grpo", engine, model_of(checkpoints["llama"], torch.float32), tmp_path, vllm_mode="server")
+    assert [violation.field for violation in raised.value.violations] == [f"TANDEM_INFERENCE_{name}"]
+
+
 @torch.no_grad()
 def assert_logprobs_agree(trainer: Any, checkpoint: Path) -> None:
     """The engine's logprobs, of rollouts and of scores, are the model's within what bfloat16 costs: they are no
