@@ -1,22 +1,34 @@
-"""Rollouts over two real services, of which one is old, stands still, and dies."""
+"""Rollouts, and trainers, over two real services, of which one is old, stands still, and dies."""
 
 from __future__ import annotations
 
 import os
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from transformers import TrainerCallback
 
+from tandem.errors import InvalidArgument
 from tandem.inference.v1 import inference_pb2 as pb
 from tandem.weights.v1 import weights_pb2
+from tests.asynchronous import arguments, prompts, tokenizer
+from tests.faults import raw
 from tests.integration.calls import idle, stats, until
 from tests.services import Service, inference_service
+from tests.trainers import assert_same_bits, logged, make, model_of, reward
 from trainer_service.client import Group, InferenceClient
 from trainer_service.replicas import Replicas
+from trainer_service.trainers import AsyncGRPOTrainer
+
+pytestmark = pytest.mark.filterwarnings("default:::(trl|transformers|accelerate|peft|torch|datasets)")
 
 #: Enough to be under way for a while.
 GROUPS = [Group([5 + i, *range(3, 3 + i)], 6) for i in range(10)]
@@ -78,35 +90,121 @@ def test_a_replica_with_older_weights_gives_nothing(
     assert {s.weight_version for group in rollouts for r in group for s in r.version_spans} == {needed}
 
 
-@pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGKILL], ids=["SIGSTOP", "kill -9"])
-def test_a_batch_survives_the_loss_of_a_replica(
+def test_a_batch_survives_a_replica_that_stands_still(
     replicas: Replicas,
     exact: Service,
     other: Service,
     alone: list[list[list[int]]],
     caplog: pytest.LogCaptureFixture,
-    how: signal.Signals,
 ) -> None:
-    """Its processes are stopped, or killed, in the middle of a batch: no rollout is lost, and all are what they were
-    to be.
-    """
-    processes = [other.process.pid, *other.children()]
+    with stopped(other) as stop:
+        assert_survived(replicas, exact, other, alone, caplog, stop)
+    until(lambda: len(replicas.alive) == 2, 60, "it is back")
+    idle(other)
+
+
+@contextmanager
+def stopped(service: Service) -> Iterator[Callable[[], None]]:
+    """What stops its processes. They go on in the end."""
+    processes = [service.process.pid, *service.children()]
+
+    def send(number: signal.Signals) -> None:
+        for pid in processes:
+            os.kill(pid, number)
+
+    try:
+        yield lambda: send(signal.SIGSTOP)
+    finally:
+        send(signal.SIGCONT)
+
+
+def assert_survived(
+    replicas: Replicas,
+    exact: Service,
+    other: Service,
+    alone: list[list[list[int]]],
+    caplog: pytest.LogCaptureFixture,
+    lose: Callable[[], None],
+) -> None:
+    """The other is lost in the middle of a batch: no rollout is, and all are what they were to be."""
     idle(other)
     before = stats(other).tokens_generated
-    try:
-        with ThreadPoolExecutor(1) as thread:
-            batch = thread.submit(replicas.generate, GROUPS, SAMPLING)
-            until(lambda: stats(other).tokens_generated > before, 60, "it is under way")
-            for pid in processes:
-                os.kill(pid, how)
-            assert tokens(batch.result(60)) == alone
-        assert "gave up" in caplog.text, "the batch had not ended before"
-        assert replicas.alive == [exact.address] or how == signal.SIGKILL
-        until(lambda: replicas.alive == [exact.address], 60, "it is known to be lost")
-        assert tokens(replicas.generate(GROUPS[:2], SAMPLING)) == alone[:2]
-    finally:
-        for pid in processes if how == signal.SIGSTOP else ():
-            os.kill(pid, signal.SIGCONT)
-    if how == signal.SIGSTOP:
-        until(lambda: len(replicas.alive) == 2, 60, "it is back")
-        idle(other)
+    with ThreadPoolExecutor(1) as thread:
+        batch = thread.submit(replicas.generate, GROUPS, SAMPLING)
+        until(lambda: stats(other).tokens_generated > before, 60, "it is under way")
+        lose()
+        assert tokens(batch.result(60)) == alone
+    assert "gave up" in caplog.text, "the batch had not ended before"
+    until(lambda: replicas.alive == [exact.address], 60, "it is known to be lost")
+    assert tokens(replicas.generate(GROUPS[:2], SAMPLING)) == alone[:2]
+
+
+class Stop(TrainerCallback):
+    """Stops a service after the second step."""
+
+    def __init__(self, stop: Callable[[], None]) -> None:
+        self.stop = stop
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 2:
+            self.stop()
+
+
+def test_trainers_take_several_addresses_and_outlive_one_of_them(
+    exact: Service, other: Service, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """First a trainer over both; then an asynchronous one, which loses one of them."""
+    pair = [exact, other]
+    addresses = [service.address for service in pair]
+    before = [finished(service) for service in pair]
+    model = model_of(checkpoints["llama"], torch.float32)
+    both: Any = SimpleNamespace(address=addresses)
+    trainer = make("grpo", both, model, tmp_path / "a", vllm_mode="server", max_steps=2)
+    trainer.train()
+    assert trainer.policy_weights.holding() == set(addresses)
+    trainer.vllm_generation.sync_weights()
+    for service, count in zip(pair, before, strict=True):
+        assert_same_bits(service, model)
+        assert finished(service) > count
+    trainer.close()
+    with stopped(other) as stop:
+        lasting = AsyncGRPOTrainer(
+            str(checkpoints["llama"]),
+            reward,
+            arguments(tmp_path / "b", max_inflight_tasks=32),
+            prompts(),
+            processing_class=tokenizer(),
+            callbacks=[Stop(stop)],
+            inference_address=addresses,
+        )
+        lasting.train()
+        assert lasting.state.global_step == 4
+        assert lasting.policy_weights.holding() == {exact.address}
+        assert_same_bits(exact, lasting.model)
+        assert max(logged(lasting, "sample/staleness_max")) <= 1
+        lasting.close()
+    for service in pair:
+        raw.restore(service.weights)
+
+
+def test_several_services_share_no_memory(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    both: Any = SimpleNamespace(address=["unix:///tmp/a", "unix:///tmp/b"])
+    with pytest.raises(InvalidArgument, match="vllm_mode"):
+        make("grpo", both, model_of(checkpoints["llama"], torch.float32), tmp_path)
+
+
+def test_a_batch_survives_kill_9_of_a_replica(
+    replicas: Replicas,
+    exact: Service,
+    other: Service,
+    alone: list[list[list[int]]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The last test: it does not come back."""
+    processes = [other.process.pid, *other.children()]
+
+    def kill() -> None:
+        for pid in processes:
+            os.kill(pid, signal.SIGKILL)
+
+    assert_survived(replicas, exact, other, alone, caplog, kill)
