@@ -13,6 +13,7 @@ import gc
 import json
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -45,11 +46,13 @@ CUDA = torch.cuda.is_available()
 def main() -> None:
     """Run each, and write what was found."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.algorithms")
+    parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=list(ALGORITHMS))
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/algorithms.json"))
     options = parser.parse_args()
     found: dict[str, Any] = {"provenance": provenance(), "steps": options.steps, "layers": options.layers}
+    found["runs"] = {}
     found["gpu"] = torch.cuda.get_device_name() if CUDA else None
     with tempfile.TemporaryDirectory(prefix="tdm") as folder:
         model = make(Path(folder, "model"), options.layers)
@@ -60,9 +63,12 @@ def main() -> None:
         reference = f"--reference-model={model}"
         with inference_service(model, Path(folder), reference, wait=False, **engine) as service:
             service.wait_until("SERVING", 400)
-            found["runs"] = runs(service, model, Path(folder), options)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(found, indent=2) + "\n")
+            for name, mode, one in runs(service, model, Path(folder), options):
+                found["runs"].setdefault(name, {})[mode] = one
+                options.out.parent.mkdir(parents=True, exist_ok=True)
+                options.out.write_text(
+                    json.dumps(found, indent=2) + "\n"
+                )  # what there is, if a later one fails
 
 
 def make(path: Path, layers: int) -> Path:
@@ -88,16 +94,15 @@ def make(path: Path, layers: int) -> Path:
     return path
 
 
-def runs(service: Service, model: Path, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Each algorithm in each mode, twice over in the first: what a first run leaves may be a library's."""
-    found: dict[str, Any] = {}
-    kinds = [(name, mode) for name in ALGORITHMS for mode in MODES]
+def runs(
+    service: Service, model: Path, folder: Path, options: argparse.Namespace
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Each algorithm in each mode; the first twice over: what a first run leaves may be a library's."""
+    kinds = [(name, mode) for name in options.algorithms for mode in MODES if CUDA or not MODES[mode][1]]
     for name, mode in [kinds[0], *kinds]:
-        if MODES[mode][1] and not CUDA:
-            continue
-        found.setdefault(name, {})[mode] = one = run(name, mode, service, model, folder, options.steps)
+        one = run(name, mode, service, model, folder, options.steps)
         print(name, mode, json.dumps(one), flush=True)
-    return found
+        yield name, mode, one
 
 
 class Steps(TrainerCallback):

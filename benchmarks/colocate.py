@@ -10,6 +10,7 @@ nothing.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -67,16 +68,25 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="tdm") as folder:
             model = make(size, Path(folder, "model"))
             found[size] |= syncs(model, Path(folder), eager=options.eager)
+            keep(found, options.out)
+            gc.collect()
+            torch.cuda.empty_cache()  # or the peers would have less of the device
             if not options.alone:
                 found[size]["trl_colocate"] = peer("trl", model)
+                keep(found, options.out)
                 found[size]["vllm_ipc"] = peer("ipc", model)
                 found[size]["ratios"] = ratios(found[size])
             if size == options.generate:
                 loaders = ("auto", "tandem")
                 found[size]["generate"] = {loader: peer("generate", model, loader) for loader in loaders}
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(found, indent=2) + "\n")  # what there is, if a later size fails
+        keep(found, options.out)
         print(size, json.dumps(found[size]), flush=True)
+
+
+def keep(found: dict[str, Any], out: Path) -> None:
+    """Write what there is, if what comes fails."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(found, indent=2) + "\n")
 
 
 def peer(*arguments: str | Path) -> dict[str, Any]:
