@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from tandem.errors import DataLoss, InvalidArgument, Reason, Unavailable
+from tests.faults.proxy import Proxy
 from tests.unit.test_trainer_weights import Engine, digest_of
 from tests.weight_service import WeightService, network
 from trainer_service import pulse
@@ -287,6 +288,34 @@ def test_one_that_is_dropped_while_its_lease_comes_does_not_keep_it(
     assert len(weights.holding()) == COUNT - 1
     wait_until_committed(fleet.engines[VICTIM])
     sync_until_all(fleet, weights)
+
+
+@pytest.mark.parametrize("how", ["cut", "swallow", "slow"])
+def test_a_wire_to_one_replica(fleet: Fleet, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """Cut or dead, its replica is dropped, and drops what it was given; slow, all wait for it."""
+    victim, model = fleet.services[VICTIM], network()
+    back = victim.address.removeprefix("unix://")
+    with Proxy(f"{back}.front", back, delay_s=0.01 if how == "slow" else 0.0) as proxy:
+        addresses = [a if a != victim.address else proxy.address for a in fleet.addresses]
+        clients = [InferenceClient(address) for address in addresses]
+        weights = ReplicatedWeights(clients, lambda: model, timeout_s=60.0)
+        weights.sync()
+        assert weights.holding() == set(addresses)
+        before = fleet.engines[VICTIM].digest
+        change(model)
+        with monkeypatch.context() as patched:
+            if how != "slow":
+                once(patched, weights, "moved", getattr(proxy, how))
+            weights.sync()
+        if how == "slow":
+            assert fleet.states() == [("COMMITTED", 3, digest_of(model))] * COUNT
+        else:
+            assert weights.holding() == set(addresses) - {proxy.address}
+            wait_until_committed(fleet.engines[VICTIM])
+            assert (fleet.engines[VICTIM].version, fleet.engines[VICTIM].digest) == (2, before)
+        weights.detach()
+        for client in clients:
+            client.close()
 
 
 def test_whose_death_others_notice_is_not_counted_on(fleet: Fleet, replicated: Replicated) -> None:
