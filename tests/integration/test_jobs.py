@@ -153,6 +153,7 @@ def test_a_full_disk_fails_a_job_which_goes_on_when_there_is_room(
             with job_service(Path(folder), place, "--standby=0") as service:
                 job = service.submit(place.spec(llama.address, steps=3))
                 place.wait_until_held(2)  # the first step's checkpoint is complete
+                assert service.standbys() == set()  # as it was told
                 filler = fill(disk, 256 << 10)  # what is told of a step fits, and no checkpoint
                 place.let_go(2)
                 events = service.wait_for(job.id, "FAILED")

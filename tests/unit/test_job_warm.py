@@ -113,3 +113,33 @@ def test_a_job_folder_with_a_longer_name_than_there_is_room_for_is_refused(tmp_p
     ready, process = waiting(folder.path.parent)
     assert ready.give(Given(folder.path, 1, {MARK: str(folder.path)}))
     assert process.wait(60) == 1  # rather than be one that nobody finds
+
+
+@pytest.mark.parametrize(("answer", "program"), [(0, "a new one"), (3, "this one")])
+def test_a_process_that_knows_the_gpus_starts_its_program_again(
+    folder: JobFolder, tmp_path: Path, answer: int, program: str
+) -> None:
+    """The driver is the test's: it says that it was initialized (0), or that it was not (3)."""
+    driver = tmp_path / "libcuda.so.1"
+    source = f"int cuCtxGetCurrent(void **context) {{ *context = 0; return {answer}; }}"
+    build = ["g++", "-shared", "-fPIC", "-x", "c", "-", "-o", str(driver)]
+    subprocess.run(build, input=source, text=True, check=True, timeout=60)
+    code = (
+        "import os, sys\n"
+        "from trainer_service.jobs import child, warm\n"
+        "warm.load = lambda: None\n"
+        "def start(program, arguments):\n"
+        "    print('a new one', arguments[1:])\n"
+        "    sys.exit(0)\n"
+        "os.execv = start\n"
+        "print('this one', child._awaited())\n"
+    )
+    job = Given(folder.path, 2, {MARK: str(folder.path), "CUDA_VISIBLE_DEVICES": "1"})
+    own = {"LD_LIBRARY_PATH": str(tmp_path)} | warm.environment(folder.path.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=job.line(), env=os.environ | own, check=False, timeout=60
+    )
+    assert done.returncode == 0
+    arguments = [str(folder.path), "2"]
+    module = ["-m", "trainer_service.jobs.child"] if program == "a new one" else []
+    assert folder.output_file.read_text() == f"{program} {module + arguments}\n"
