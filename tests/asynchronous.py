@@ -78,7 +78,8 @@ class Recorded:
         self.policies: dict[int, dict[str, torch.Tensor]] = {}
         self.trained: list[tuple[int, list[dict[str, Any]]]] = []  # (version, samples) of each step
         own = {name: values.pop(name) for name in ("vllm_mode", "peft_config", "callbacks") if name in values}
-        self.trainer = trainer = AsyncGRPOTrainer(
+        cls = values.pop("cls", AsyncGRPOTrainer)
+        self.trainer = trainer = cls(
             str(checkpoint),
             reward,
             arguments(folder, **values),

@@ -20,8 +20,10 @@ from tests.faults import raw
 from tests.integration.calls import idle, until
 from tests.services import Service, inference_service
 from tests.trainers import assert_same_bits, logged, reward
+from trainer_service._trl_async import TrlAsyncGRPOTrainer
 from trainer_service.trainers import AsyncGRPOTrainer
 from trainer_service.trainers.fresh import Source
+from trainer_service.trainers.tree_attention import register_plain_attention
 
 pytestmark = pytest.mark.filterwarnings("default:::(trl|transformers|accelerate|peft|torch|datasets)")
 
@@ -105,6 +107,37 @@ def test_nothing_is_trained_on_that_is_too_old(
         assert logged(trainer, "ratio") == pytest.approx([1] * 4, abs=1e-3)
         assert dropped > 0
     trainer.close()
+
+
+class Theirs(AsyncGRPOTrainer):
+    """With TRL's own loader."""
+
+    get_train_dataloader = TrlAsyncGRPOTrainer.get_train_dataloader
+
+
+def test_trls_own_loader_trains_on_what_is_older_than_it_is_told(
+    exact: Service, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It fetches a micro-batch before the step, and so before the update, that comes before the one for it."""
+    run = Recorded(
+        exact, checkpoints["llama"], tmp_path, monkeypatch, cls=Theirs, max_staleness=0, max_steps=3
+    )
+    register_plain_attention()
+    trainer, versions = run.trainer, []
+    step = trainer.training_step
+    monkeypatch.setattr(
+        trainer,
+        "training_step",
+        lambda *given: versions.append(trainer.policy_weights.weight_version) or step(*given),
+    )
+    trainer.train()
+    taken = [{s["group_id"] for s in samples} for _, samples in run.trained]
+    fetched = [version for version, _ in run.trained]
+    assert len(versions) == 3
+    assert all(taken)
+    assert [version - then for version, then in zip(versions, fetched, strict=False)] == [0, 1, 1]
+    trainer.close()
+    raw.restore(exact.weights)
 
 
 def test_the_engines_memory_may_be_what_trains(

@@ -105,6 +105,22 @@ def test_a_batch_is_split_by_its_bytes_and_is_one_batch_nevertheless(
     client.close()
 
 
+def test_what_is_needed_of_the_rollouts_is_said(address: str, scripted: Scripted) -> None:
+    client = InferenceClient(address)
+    client.generate(GROUPS[:1])
+    client.generate([Group([1, 7], 2, (), 9)], min_weight_version=4, version_wait_s=0.25, one_version=True)
+    first, second = scripted.requests
+    assert (first.min_weight_version, first.on_commit) == (0, pb.ON_COMMIT_UNSPECIFIED)
+    assert not first.HasField("max_version_wait")
+    assert not first.prompts[0].HasField("seed")
+    assert (second.min_weight_version, second.on_commit) == (4, pb.ON_COMMIT_STOP)
+    assert second.max_version_wait.ToNanoseconds() == 250_000_000
+    assert second.prompts[0].seed == 9
+    with pytest.raises(TypeError, match="version"):
+        client.generate(GROUPS[:1], version=3)
+    client.close()
+
+
 def test_scores_come_back_in_order(address: str, scripted: Scripted) -> None:
     client = InferenceClient(address, max_request_bytes=1)
     scores = client.score([[3, 1], [1, 1], [2, 1]], top_logprobs=2)
