@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
 from tandem.errors import DeadlineExceeded, TandemError, Unavailable
 from trainer_service.client import InferenceClient, is_gone
 from trainer_service.lease import Lease
-from trainer_service.pulse import ANSWER_S, answered, ask
+from trainer_service.pulse import ANSWER_S, answered, ask, gone
 from trainer_service.session import Session
 from weight_transfer.transports import Piece
 
 logger = logging.getLogger(__name__)
+
+_LOOK_S = 0.01
 
 
 class Member:
@@ -29,6 +32,7 @@ class Member:
         self.client = client
         self.holds = 0  # the version that we brought it last and that it is known to have; 0 if none
         self.lost = ""  # why it takes no part in the update that is open
+        self.restarted = False  # it was lost because it did not know its session
         self.stopped = 0.0  # seconds for which its generation stood still
         self._opened = opened
         self._session: Session | None = None
@@ -47,25 +51,25 @@ class Member:
         """Whether it must be joined before it takes part."""
         return self._session is None
 
-    def answers(self) -> bool:
-        """Whether it answered, as far as is known now. Never waits: it is asked, and the next call tells."""
-        if self._question is None:
+    def ask(self) -> None:
+        """Ask whether it is there, unless that was asked and it may still answer."""
+        if self._question is None or gone(self._question):
             self._question = ask(self.client)
-        if not self._question.done():
-            return False
-        found = answered(self._question)
-        self._question = None
-        return found
 
-    def wait_for_answer(self) -> None:
-        """Wait until `answers` knows: for as long as a service takes that lives."""
-        if self._question is None:
-            self._question = ask(self.client)
-        self._question.exception()
+    def answers(self, wait_s: float = 0.0) -> bool:
+        """Whether it has answered since it was asked, within `wait_s` from now at the latest."""
+        self.ask()
+        end = time.monotonic() + wait_s
+        while not self._question.done():
+            if time.monotonic() >= end:
+                return False
+            time.sleep(_LOOK_S)
+        found, self._question = answered(self._question), None
+        return found
 
     def join(self) -> None:
         """Introduce the policy anew: the service may have another life, and other weights. Raises as Session does."""
-        self._session, self.holds, self.lost = self._opened(self.client), 0, ""
+        self._session, self.holds, self.lost, self.restarted = self._opened(self.client), 0, "", False
 
     def begin(self, number: int, *, partial: bool) -> None:
         """Take its lease. Raises as `Session.begin` does."""

@@ -12,36 +12,26 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
-from tandem.errors import (
-    Aborted,
-    FailedPrecondition,
-    InvalidArgument,
-    Reason,
-    TandemError,
-    Unavailable,
-    invalid,
-)
+from tandem.errors import FailedPrecondition, NotFound, Reason, TandemError, Unavailable, invalid
 from trainer_service.adapter_session import AdapterSession
 from trainer_service.adapter_tensors import adapter_tensors
 from trainer_service.client import InferenceClient
 from trainer_service.member import Member, went_away
 from trainer_service.policy_tensors import policy_tensors
 from trainer_service.pulse import Pulse
+from trainer_service.roster import Roster
 from trainer_service.session import Session
 from trainer_service.updates import ATTEMPTS, UpdateStats, patiently, retryable
-from weight_transfer.manifest import Manifest
 from weight_transfer.transports import Handshake, Piece, SourceTensor, WeightTransport, open_transport
 
 logger = logging.getLogger(__name__)
 
 _OPEN_S = 10.0
-_LOOK_S = 0.1  # between two looks for the first service that answers
 
 
 class ReplicatedWeights:
@@ -80,11 +70,6 @@ class ReplicatedWeights:
         Raises:
             InvalidArgument: no service, one of them twice, or a transport or mode that is another.
         """
-        addresses = [client.address for client in clients]
-        if not addresses or len(set(addresses)) < len(addresses):
-            raise invalid(
-                "inference_address", f"names each replica once, not {', '.join(addresses) or 'none'}"
-            )
         wanted = (
             ("stream",) if transport is None else (transport,) if isinstance(transport, str) else transport
         )
@@ -106,20 +91,12 @@ class ReplicatedWeights:
         self._led = led
         self._adapter = adapter
         self._sparse = sparse and not adapter
-        self._members = [Member(client, self._open) for client in clients]
-        self._by_client = {member.client: member for member in self._members}
-        self._manifest: Manifest | None = None
+        self._roster = Roster(clients, self._open)
         self._names: list[str] = []  # of the engines' tensors
         self._way: WeightTransport | None = None  # what reads the policy, once for all
-        self._cut = (
-            0,
-            False,
-        )  # what it was made for: bytes of a chunk at most, and whether changes travel alone
+        self._cut = (0, False)  # it was made for: bytes of a chunk at most, and whether changes travel alone
         self._held = 0  # digest of the last commit
-        self._current: frozenset[InferenceClient] = frozenset()
-        self._noting = threading.Lock()
         self._turn = threading.RLock()  # one update or catching up at a time
-        self._pool = ThreadPoolExecutor(len(self._members), "tandem-replicas")
 
     @property
     def weight_version(self) -> int:
@@ -134,17 +111,15 @@ class ReplicatedWeights:
     @property
     def current(self) -> frozenset[InferenceClient]:
         """The services that hold the version that was committed last. May be asked from any thread."""
-        return self._current
+        return self._roster.current
 
     def holding(self) -> frozenset[str]:
         """Addresses of `current`."""
-        return frozenset(client.address for client in self._current)
+        return frozenset(client.address for client in self.current)
 
     def drop(self, client: InferenceClient, reason: str) -> None:
         """Count on a service no more, whose death somebody else noticed. From any thread."""
-        with self._noting:
-            self._current -= {client}
-        self._by_client[client].drop(reason)
+        self._roster.drop(client, reason)
 
     def sync(self) -> None:
         """Have the services hold the policy as it is now. Returns when that is committed on all that answer.
@@ -176,19 +151,21 @@ class ReplicatedWeights:
             self._catch_up()
 
     def _catch_up(self) -> None:
-        self._forget_the_lost()
-        back = [
-            member for member in self._members if member.holds != self.weight_version and member.answers()
-        ]
-        for member in back if self.history else ():
-            if not self._joined(member):
+        roster, last = self._roster, self.weight_version
+        roster.forget_the_lost()
+        back = (
+            [member for member in roster.members if member.holds != last and member.answers()] if last else []
+        )
+        for member in back:
+            if not roster.joined(member):
                 continue
             base = member.session.weight_version
-            if base == self.weight_version and member.session.holds(base, self._held):
+            if base == last and member.session.holds(base, self._held):
                 member.holds = base
-            elif base < self.weight_version:
+            elif base < last:
                 self._bring_current(member)
-        self._note_current()
+        if last:
+            roster.note(last)
 
     @contextmanager
     def update(self) -> Iterator[None]:
@@ -200,18 +177,20 @@ class ReplicatedWeights:
 
     def open(self) -> None:
         """Have a session with each service that answers, and with at least one. Nothing moves yet."""
-        self._join_who_answers(time.monotonic() + self._timeout_s)
+        self._assemble(time.monotonic() + self._timeout_s)
 
     def detach(self) -> None:
         """End the sessions."""
-        self._pool.shutdown()
+        self._roster.close()
         if self._way is not None:
             self._way.close()
-        self._current = frozenset()
+
+    def _assemble(self, deadline: float) -> list[Member]:
+        return self._roster.assemble(self._timeout_s, deadline, patiently=not self.history)
 
     def _sync(self, deadline: float) -> None:
         started = time.perf_counter()
-        members = self._join_who_answers(deadline)
+        members = self._assemble(deadline)
         way = self._reader(members)
         last = self.weight_version
         number = max(last + 1, self.least, *(member.session.weight_version + 1 for member in members))
@@ -222,10 +201,10 @@ class ReplicatedWeights:
         way.mark()
         self._held = moved.digest
         self.committed += 1
-        stopped = max(member.stopped for member in members if not member.lost)
+        stopped = max((member.stopped for member in members if not member.lost), default=0.0)
         seconds = time.perf_counter() - started
         self.history.append(UpdateStats(number, moved.nbytes, seconds, stopped, moved.changed))
-        self._note_current()
+        self._roster.note(number)
 
     def _commit(
         self,
@@ -241,9 +220,12 @@ class ReplicatedWeights:
         digest: that the policy must have, if it must.
         """
         try:
-            with Pulse([member.client for member in members], self.drop):
-                self._each(members, lambda member: self._begin(member, number, partial=partial))
+            with Pulse([member.client for member in members], self._roster.drop):
+                self._roster.each(members, lambda member: self._begin(member, number, partial=partial))
                 _require(members)
+                if again := [member.client.address for member in members if member.restarted]:
+                    # It is there, and would have to wait for the next version: begin anew, with all.
+                    raise NotFound(Reason.SESSION_NOT_FOUND, f"{', '.join(again)} must be introduced anew.")
                 moved = way.move(
                     self._policy(self._names), lambda piece: self._send(members, piece), digest=True
                 )
@@ -254,10 +236,10 @@ class ReplicatedWeights:
                         Reason.BASE_VERSION_MISMATCH, "The policy is not any more what was committed last."
                     )
                 _require(members)
-                self._each(members, lambda member: member.prepare(found))
+                self._roster.each(members, lambda member: member.prepare(found))
                 _require(members)
                 # From here on each commits that lives: nothing that can be foreseen stands in the way.
-                self._each(members, Member.commit)
+                self._roster.each(members, Member.commit)
                 _require(members)
         except BaseException as error:
             way.forget()
@@ -265,7 +247,7 @@ class ReplicatedWeights:
                 member.abort(f"not every replica could take it: {error}")
             raise
         finally:
-            self._forget_the_lost()
+            self._roster.forget_the_lost()
         return moved
 
     def _begin(self, member: Member, number: int, *, partial: bool) -> None:
@@ -274,6 +256,7 @@ class ReplicatedWeights:
         except TandemError as error:
             if not went_away(error):
                 raise
+            member.restarted = error.reason == Reason.SESSION_NOT_FOUND
             member.drop(error.message)
 
     def _send(self, members: Sequence[Member], piece: Piece) -> None:
@@ -281,87 +264,26 @@ class ReplicatedWeights:
             member.send(piece)
         _require(members)
 
-    def _each(self, members: Sequence[Member], call: Callable[[Member], None]) -> None:
-        """Call for all at once, to the end. Raises what one raised."""
-        futures = [self._pool.submit(call, member) for member in members]
-        errors = [error for future in futures if (error := future.exception()) is not None]
-        if errors:
-            raise errors[0]
-
-    def _join_who_answers(self, deadline: float) -> list[Member]:
-        """All members that can take part; those that were out are joined."""
-        self._forget_the_lost()
-        first = not self.history
-        while True:
-            if first or all(member.out for member in self._members):
-                self._each([member for member in self._members if member.out], Member.wait_for_answer)
-            for member in self._members:
-                if member.out and member.answers():
-                    self._joined(member)
-            members = [member for member in self._members if not member.out]
-            if members:
-                return members
-            if time.monotonic() > deadline:
-                raise Unavailable(
-                    Reason.UNREACHABLE,
-                    f"No inference service answers after {self._timeout_s:.0f} s: "
-                    + ", ".join(member.client.address for member in self._members),
-                )
-            time.sleep(_LOOK_S)
-
-    def _forget_the_lost(self) -> None:
-        for member in self._members:
-            member.leave()
-        with self._noting:
-            self._current = frozenset(client for client in self._current if not self._by_client[client].out)
-
-    def _joined(self, member: Member) -> bool:
-        """Whether a session could be had. That a service is loading, or still has our last lease, is no error."""
-        try:
-            member.join()
-        except TandemError as error:
-            if isinstance(error, Aborted) or went_away(error):
-                logger.info("the replica at %s stays out: %s", member.client.address, error)
-                return False
-            raise
-        carried = member.session.carried
-        if self._manifest is None:
-            self._manifest = carried
-        elif self._manifest != carried:
-            raise InvalidArgument(
-                Reason.MANIFEST_MISMATCH,
-                f"The replica at {member.client.address} serves another model than {self._members[0].client.address}, "
-                "or in other dtypes.",
-            )
-        return True
-
     def _reader(self, members: Sequence[Member]) -> WeightTransport:
         cut = (
             min(member.session.max_chunk_bytes for member in members),
             self._sparse and all(member.session.takes_changes for member in members),
         )
         if self._way is None or cut != self._cut:
-            assert self._manifest is not None  # noqa: S101  for the type checker
             if self._way is not None:
                 self._way.close()
-            self._way = open_transport(Handshake("stream", self._manifest, cut[0], partial=cut[1]))
+            carried = members[0].session.carried
+            self._way = open_transport(Handshake("stream", carried, cut[0], partial=cut[1]))
             self._cut = cut
         return self._way
 
     def _bring_current(self, member: Member) -> None:
-        assert self._manifest is not None  # noqa: S101  for the type checker
-        way = open_transport(Handshake("stream", self._manifest, member.session.max_chunk_bytes))
+        session = member.session
+        way = open_transport(Handshake("stream", session.carried, session.max_chunk_bytes))
         try:
             self._commit([member], way, self.weight_version, partial=False, digest=self._held)
         except TandemError as error:
             logger.info("the replica at %s stays out: %s", member.client.address, error)
-
-    def _note_current(self) -> None:
-        last = self.weight_version
-        with self._noting:
-            self._current = frozenset(
-                m.client for m in self._members if last and m.holds == last and not m.lost
-            )
 
     def _open(self, client: InferenceClient) -> Session:
         if self._adapter:

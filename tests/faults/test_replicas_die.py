@@ -16,7 +16,9 @@ import pytest
 import torch
 from torch import nn
 
+from inference_service.sessions import MAX_STREAM_SESSIONS
 from tandem.errors import DataLoss, InvalidArgument, Reason, Unavailable
+from tests.faults import raw
 from tests.faults.proxy import Proxy
 from tests.unit.test_trainer_weights import Engine, digest_of
 from tests.weight_service import WeightService, network
@@ -94,7 +96,7 @@ def change(model: nn.Module) -> None:
 
 
 def sync_until_all(fleet: Fleet, weights: ReplicatedWeights) -> None:
-    """One that comes back is asked in the background, and found to be there at one of the next syncs."""
+    """One that comes back is found to be there at one of the next syncs: its channel waits before it connects anew."""
     for _ in range(200):
         weights.sync()
         if weights.holding() == set(fleet.addresses):
@@ -266,6 +268,22 @@ def test_one_that_comes_back_when_the_policy_has_moved_on_waits_for_the_next_syn
     assert fleet.states() == [("COMMITTED", weights.weight_version, digest_of(model))] * COUNT
 
 
+def test_one_that_does_not_know_its_session_any_more_is_given_all_at_once(
+    fleet: Fleet, replicated: Replicated
+) -> None:
+    """As one does that was started again since the last update."""
+    model = network()
+    weights = replicated(model, sparse=True)
+    weights.sync()
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    for _ in range(MAX_STREAM_SESSIONS):
+        raw.Session(fleet.engines[VICTIM].weights, tensors, raw.STREAM)
+    change(model)
+    weights.sync()
+    assert weights.holding() == set(fleet.addresses)
+    assert fleet.states() == [("COMMITTED", 3, digest_of(model))] * COUNT
+
+
 def test_one_that_is_dropped_while_its_lease_comes_does_not_keep_it(
     fleet: Fleet, replicated: Replicated, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,7 +291,9 @@ def test_one_that_is_dropped_while_its_lease_comes_does_not_keep_it(
     model = network()
     weights = replicated(model)
     weights.sync()
-    (victim,) = [member for member in weights._members if member.client.address == fleet.addresses[VICTIM]]
+    (victim,) = [
+        member for member in weights._roster.members if member.client.address == fleet.addresses[VICTIM]
+    ]
     begin = Session.begin
 
     def dropped(session: Session, *args: Any, **kwargs: Any) -> Any:
