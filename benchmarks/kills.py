@@ -65,7 +65,8 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--minutes", type=float, default=120.0, help="begin no job after them")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and of what is killed")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/kills.json"))
+    default = Path("benchmarks/results/kills.json")
+    parser.add_argument("--out", type=Path, default=default, help="each run is added to those that it has")
     arguments = parser.parse_args()
     begin, dice = time.monotonic(), random.Random(arguments.seed)
     kills: Counter[str] = Counter()
@@ -109,7 +110,8 @@ def main() -> None:
         "seed": arguments.seed,
         "seconds": round(time.monotonic() - begin),
     }
-    arguments.out.write_text(json.dumps(results, indent=2) + "\n")
+    runs = json.loads(arguments.out.read_text())["runs"] if arguments.out.exists() else []
+    arguments.out.write_text(json.dumps({"runs": [*runs, results]}, indent=2) + "\n")
     print(json.dumps(results, indent=2))
 
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import broadcast  # type: ignore[import-untyped]
+from safetensors.torch import load_model, save_model
 from trl.trainer.utils import RepeatSampler
 
 from trainer_service.account import Account, Place, digest
@@ -20,7 +21,7 @@ logger = logging.getLogger(__name__)
 #: Where a rollout's place goes with it, through TRL's shuffling and cutting of batches: (rollouts, 4).
 _PLACES = "tandem_places"
 #: Where a checkpoint has the reference model, if that changes.
-_REFERENCE = "tandem_reference.pt"
+_REFERENCE = "tandem_reference.safetensors"
 #: Names of TRL's trainers that GroupMixin hangs on.
 RELIED_ON = ("_prepare_inputs", "_get_train_sampler", "_step", "_buffered_inputs", "num_iterations")
 
@@ -87,15 +88,13 @@ class GroupMixin(ResumeMixin):
 
     def _save_rng_state(self, output_dir: str) -> None:
         if self.args.sync_ref_model and self._has_whole_reference() and self.accelerator.is_main_process:
-            model = self.accelerator.unwrap_model(self.ref_model)
-            torch.save(model.state_dict(), Path(output_dir) / _REFERENCE)
+            save_model(self.accelerator.unwrap_model(self.ref_model), str(Path(output_dir) / _REFERENCE))
         super()._save_rng_state(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.args.sync_ref_model and self._has_whole_reference():
-            held = torch.load(Path(checkpoint) / _REFERENCE, map_location="cpu", weights_only=True)
-            self.accelerator.unwrap_model(self.ref_model).load_state_dict(held)
+            load_model(self.accelerator.unwrap_model(self.ref_model), Path(checkpoint) / _REFERENCE)
 
     def _has_whole_reference(self) -> bool:
         whole = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)

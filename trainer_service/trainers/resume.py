@@ -6,11 +6,14 @@ version, and what a trainer adds to `_run_state`.
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from trainer_service.reaching import Weights
 
@@ -23,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 #: Names of transformers' trainer that ResumeMixin hangs on.
 RELIED_ON = ("_save_rng_state", "_load_optimizer_and_scheduler")
+
+_STATE, _TENSOR = "state", "tensor"
 
 
 class ResumeMixin(_Trainer):
@@ -46,7 +51,7 @@ class ResumeMixin(_Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        torch.save(self._run_state(), _file(output_dir, self.args.process_index))
+        _save(self._run_state(), _file(output_dir, self.args.process_index))
         # What the main process writes next is what makes a checkpoint complete: of all ranks.
         self.accelerator.wait_for_everyone()
 
@@ -56,10 +61,38 @@ class ResumeMixin(_Trainer):
             return
         file = _file(checkpoint, self.args.process_index)
         if file.is_file():
-            self._set_run_state(torch.load(file, map_location="cpu", weights_only=True))
+            self._set_run_state(_loaded(file))
         else:
             logger.warning("%s is not there: rollouts may differ from those of an uninterrupted run.", file)
 
 
 def _file(checkpoint: str, rank: int) -> Path:
-    return Path(checkpoint) / f"tandem_{rank}.pt"
+    return Path(checkpoint) / f"tandem_{rank}.safetensors"
+
+
+def _save(state: dict[str, Any], file: Path) -> None:
+    """Tensors as safetensors; around them, what is no tensor as JSON, with their names in their places."""
+    tensors: dict[str, torch.Tensor] = {}
+
+    def without_tensors(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            name = str(len(tensors))
+            # Batches are views of one memory.
+            tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+            return {_TENSOR: name}
+        if isinstance(value, dict):
+            return {key: without_tensors(item) for key, item in value.items()}
+        return [without_tensors(item) for item in value] if isinstance(value, list) else value
+
+    plain = json.dumps(without_tensors(state))
+    save_file(tensors, file, {_STATE: plain})
+
+
+def _loaded(file: Path) -> dict[str, Any]:
+    tensors = load_file(file)
+    with safe_open(file, "pt") as opened:
+        plain = opened.metadata()[_STATE]
+    found: dict[str, Any] = json.loads(
+        plain, object_hook=lambda value: tensors[value[_TENSOR]] if _TENSOR in value else value
+    )
+    return found
