@@ -46,7 +46,7 @@ def test_those_that_hold_the_weights_are_asked() -> None:
     assert replicas.holding() is None, "before the first version all do"
     assert [r.client.address for r in replicas.usable()] == [A, B]
     weights.history.append(Stats())  # type: ignore[arg-type]
-    weights._current = frozenset(replicas.clients[1:])
+    weights._roster._current = frozenset(replicas.clients[1:])
     assert [r.client.address for r in replicas.usable()] == [B]
     weights.detach()
     replicas.close()
