@@ -23,7 +23,7 @@ from tandem.errors import (
     Unavailable,
 )
 from tests.jobs import spec
-from tests.postgres import empty, postgres
+from tests.postgres import empty, end_connections, postgres
 from trainer_service.jobs import tables
 from trainer_service.jobs.sql import SqlStore
 from trainer_service.jobs.states import JobState, Move
@@ -285,6 +285,27 @@ def test_the_steps_lead_to_the_tables(store: Store) -> None:
 def test_a_store_that_cannot_be_is_told(url: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument):
         open_store(url, tmp_path).lock()
+
+
+def test_a_lock_that_the_server_forgot_is_taken_again_or_told(tmp_path: Path) -> None:
+    with postgres() as url:
+        first, second = open_store(url, tmp_path), open_store(url, tmp_path)
+        first.lock()
+        first.create("job-1", spec())
+        end_connections(url)
+        assert first.move("job-1", Move.CANCEL).state is JobState.CANCELLED
+        with pytest.raises(FailedPrecondition):
+            second.lock()
+        end_connections(url)
+        second.lock()  # quicker than the first
+        for _ in range(2):
+            with pytest.raises(FailedPrecondition) as raised:
+                first.move("job-1", Move.RESUME)
+            assert raised.value.reason is Reason.STORE_IN_USE
+        assert second.get("job-1").state is JobState.CANCELLED
+        second.close()
+        assert first.move("job-1", Move.RESUME).state is JobState.QUEUED
+        first.close()
 
 
 def test_a_server_that_goes_away_is_told(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -39,9 +40,9 @@ class SqlStore(Store):
         self._lite = parsed.get_backend_name() == "sqlite"
         self._path = Path(parsed.database or "jobs.db")
         self._held: FileLock | sa.Connection | None = None
-        self._specs: dict[
-            int, JobSpec
-        ] = {}  # by the job's number: reading them takes most of the time of a list
+        self._guard = threading.Lock()  # of the connection that is held
+        #: By the job's number: reading them takes most of the time of a list.
+        self._specs: dict[int, JobSpec] = {}
         if self._lite:
             sa.event.listen(self._engine, "connect", _configure)
             sa.event.listen(self._engine, "begin", _begin)
@@ -51,14 +52,7 @@ class SqlStore(Store):
         if self._lite:
             self._held = FileLock(self._path.with_suffix(".lock"))
         else:
-            # It is the connection's: the database lets go of it when this process ends, however that comes.
-            connection = self._connected()
-            got = connection.scalar(sa.select(sa.func.pg_try_advisory_lock(_LOCK_KEY)))
-            connection.commit()
-            if not got:
-                connection.close()
-                raise FailedPrecondition(Reason.STORE_IN_USE, "another trainer service runs on this store")
-            self._held = connection
+            self._held = self._locked_connection()
         # Not before: a newer service must not change the tables under one that runs.
         with _told(), self._engine.begin() as connection:
             _upgrade(connection)
@@ -66,7 +60,7 @@ class SqlStore(Store):
     def create(self, job_id: str, spec: JobSpec, request_id: str = "") -> Job:
         now = time.time()
         stored = spec.model_dump(mode="json", exclude_none=True)
-        with _told(), self._engine.begin() as connection:
+        with _told(), self._writing() as connection:
             if not self._lite:  # or two of one request at once find neither
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK_KEY + 1)))
             if request_id and (row := _requested(connection, request_id, stored)) is not None:
@@ -122,7 +116,7 @@ class SqlStore(Store):
         return {state: found.get(state, 0) for state in JobState}
 
     def move(self, job_id: str, move: Move, reason: str = "", **changes: Any) -> Job:
-        with _told(), self._engine.begin() as connection:
+        with _told(), self._writing() as connection:
             row = _locked(connection, job_id)
             old = JobState(row.state)
             new = after(job_id, old, move)
@@ -134,7 +128,7 @@ class SqlStore(Store):
             return self._append(connection, row, [event], state=new, reason=reason, **changes)
 
     def append(self, job_id: str, events: Sequence[Event], **changes: Any) -> Job:
-        with _told(), self._engine.begin() as connection:
+        with _told(), self._writing() as connection:
             return self._append(connection, _locked(connection, job_id), events, **changes)
 
     def events(
@@ -156,7 +150,7 @@ class SqlStore(Store):
             ]
 
     def delete(self, job_id: str) -> None:
-        with _told(), self._engine.begin() as connection:
+        with _told(), self._writing() as connection:
             number = _locked(connection, job_id).number
             for table in (tables.events, tables.labels):
                 connection.execute(table.delete().where(table.c.job == number))
@@ -203,6 +197,36 @@ class SqlStore(Store):
         values |= {"spec": spec, "state": JobState(values["state"])}
         values |= {"offsets": Offsets(**values["offsets"]), "gpus": tuple(values["gpus"])}
         return Job(**values)
+
+    def _locked_connection(self) -> sa.Connection:
+        """The lock is the connection's: the database lets go of it when this process ends, however that comes."""
+        connection = self._connected()
+        connection.detach()  # it is none of the pool's, and ends when it is closed
+        got = connection.scalar(sa.select(sa.func.pg_try_advisory_lock(_LOCK_KEY)))
+        connection.commit()
+        if not got:
+            connection.close()
+            raise FailedPrecondition(Reason.STORE_IN_USE, "another trainer service runs on this store")
+        return connection
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[sa.Connection]:
+        """A transaction, of whoever has the lock still: a database that was started again has forgotten it."""
+        with self._guard:
+            if isinstance(self._held, sa.Connection):
+                self._held = self._still(self._held)
+        with self._engine.begin() as connection:
+            yield connection
+
+    def _still(self, held: sa.Connection) -> sa.Connection:
+        if not held.closed and not held.invalidated:
+            try:
+                held.execute(sa.select(1))
+                held.commit()
+                return held
+            except DBAPIError:
+                held.close()
+        return self._locked_connection()
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[sa.Connection]:
