@@ -79,7 +79,9 @@ async def attempts(
     store: Refusing, folder: JobFolder, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Attempts]:
     monkeypatch.setattr(module, "_AGAIN_S", 0.02)
-    made = Attempts(cast(Store, store), folder.path.parent, Limits(poll_s=0.02, retry_delay_s=0), lambda _: None)
+    made = Attempts(
+        cast(Store, store), folder.path.parent, Limits(poll_s=0.02, retry_delay_s=0), lambda _: None
+    )
     yield made
     await made.stop()
 
