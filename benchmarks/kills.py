@@ -119,9 +119,10 @@ def _followed(
     services: Services, spec: job_pb2.JobSpec, kills: Counter[str], dice: random.Random, count: int
 ) -> job_pb2.Job:
     """Run a job with `count` kills, as far as it is still there to be killed."""
-    job_id = services.now.submit(spec).id
+    job_id, managed = services.now.submit(spec).id, spec.inference.HasField("managed")
     for _ in range(count):
-        training, share, what = dice.random() < 0.7, dice.random(), dice.choice(list(MODULES))
+        training, share = dice.random() < 0.9, dice.random()
+        what = dice.choice([name for name in MODULES if managed or name != "engine"])
         while training and services.now.get(job_id).state not in (job_pb2.JOB_STATE_RUNNING, *_ENDED):
             time.sleep(0.05)
         time.sleep(share * (_TRAINING_S if training else _ANY_S))
