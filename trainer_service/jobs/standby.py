@@ -96,21 +96,23 @@ class Standbys:
             await asyncio.to_thread(self._ready.pop().end)
 
     async def _keep(self) -> None:
-        again, due = _AGAIN_S, 0.0
+        again, due, begun = _AGAIN_S, 0.0, time.monotonic()
         while True:
             self._wake.clear()
             gone = [one for one in self._ready if not one.identity.alive]
+            self._ready = [one for one in self._ready if one not in gone]
             for one in gone:
-                self._ready.remove(one)
-                await asyncio.to_thread(one.end)
                 log.warning("a standby process ended by itself", process=one.identity.pid)
+                with contextlib.suppress(TimeoutError):  # what it left does not end, and is nobody's
+                    await asyncio.to_thread(one.end)
             if gone:
                 due, again = time.monotonic() + again, min(2 * again, _MAX_AGAIN_S)
-            elif self._ready:
+            elif time.monotonic() - begun > _MAX_AGAIN_S:  # the last one lasts
                 again = _AGAIN_S
             if len(self._ready) < self._count and time.monotonic() >= max(self._rest, due):
                 try:
                     self._ready.append(_start(self._root))  # no thread: one that is cancelled would leave it
+                    begun = time.monotonic()
                 except OSError as error:
                     log.warning("cannot start a standby process", error=str(error))
                     due = time.monotonic() + _MAX_AGAIN_S
