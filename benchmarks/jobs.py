@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import json
 import multiprocessing
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -69,6 +70,7 @@ def listing(folder: Path, place: Place) -> dict[str, Any]:
         store.move(f"job-{number:012x}", Move.CANCEL)
     store.close()
     took = []
+    load = os.getloadavg()[0]
     with job_service(folder, place, "--standby=0") as service:
         _wait_until_idle(service)
         for _ in range(51):
@@ -77,12 +79,20 @@ def listing(folder: Path, place: Place) -> dict[str, Any]:
             took.append(1e3 * (time.perf_counter() - started))
             if len(found.jobs) != LISTED:
                 raise AssertionError(f"{len(found.jobs)} jobs")
-    return {"jobs": LISTED, "bytes": found.ByteSize(), "first_ms": took[0], "ms": percentiles(took[1:])}
+    size = found.ByteSize()
+    return {
+        "load_average": load,
+        "jobs": LISTED,
+        "bytes": size,
+        "first_ms": took[0],
+        "ms": percentiles(took[1:]),
+    }
 
 
 def starts(folder: Path, place: Place, engine: str, count: int, standby: int) -> dict[str, Any]:
     """Seconds from the call that submits a job of one step, on an idle machine, to each of its states."""
     folder.mkdir()
+    load = os.getloadavg()[0]
     phases: dict[str, list[float]] = {"submitted": [], "STARTING": [], "RUNNING": [], "SUCCEEDED": []}
     with job_service(folder, place, f"--standby={standby}") as service:
         for _ in range(count):
@@ -98,7 +108,8 @@ def starts(folder: Path, place: Place, engine: str, count: int, standby: int) ->
                 if name == "FAILED":
                     raise AssertionError(event.state.reason)
         end_jobs(folder)
-    return {name: percentiles(seconds) for name, seconds in phases.items()} | {"standby_memory_mib": memory}
+    seconds = {name: percentiles(took) for name, took in phases.items()}
+    return {"load_average": load, "seconds": seconds, "standby_memory_mib": memory}
 
 
 def watching(folder: Path, place: Place, engine: str) -> dict[str, Any]:
@@ -106,7 +117,7 @@ def watching(folder: Path, place: Place, engine: str) -> dict[str, Any]:
     folder.mkdir()
     training = {"max_steps": WATCHED_STEPS, "save_steps": 0, "per_device_train_batch_size": 8}
     training |= {"max_completion_length": 64, "gradient_checkpointing": False}
-    found: dict[str, Any] = {"watchers": WATCHERS}
+    found: dict[str, Any] = {"load_average": os.getloadavg()[0], "watchers": WATCHERS}
     with job_service(folder, place, "--standby=0") as service:
         found["one watcher"] = _steps(service, place.spec(engine, training=training))
         context = multiprocessing.get_context("spawn")
