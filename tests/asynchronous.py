@@ -7,7 +7,7 @@ import queue
 import signal
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,11 @@ class Recorded:
         self.rollouts: list[tuple[list[int], pb.Rollout]] = []
         self.policies: dict[int, dict[str, torch.Tensor]] = {}
         self.trained: list[tuple[int, list[dict[str, Any]]]] = []  # (version, samples) of each step
-        own = {name: values.pop(name) for name in ("vllm_mode", "peft_config", "callbacks") if name in values}
+        own = {
+            name: values.pop(name)
+            for name in ("vllm_mode", "lora_mode", "peft_config", "callbacks")
+            if name in values
+        }
         cls = values.pop("cls", AsyncGRPOTrainer)
         self.trainer = trainer = cls(
             str(checkpoint),
@@ -129,12 +133,16 @@ class Recorded:
         assert max(groups.values()) <= 4
 
     def assert_logprobs_are_of_the_versions_they_name(
-        self, checkpoint: Path, first: Sequence[pb.Rollout] = ()
+        self,
+        checkpoint: Path,
+        first: Sequence[pb.Rollout] = (),
+        wrap: Callable[[Any], Any] = lambda model: model,
     ) -> None:
         """The importance weights stand on them: each token's is that of its version, over all that was sampled from."""
         prompts = {id(answer): prompt for prompt, answer in self.rollouts}
         checked = [*first[:20], *[answer for _, answer in self.rollouts[::8]][:20]]
-        model, others = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32), [0.0]
+        model = wrap(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)).eval()
+        others = [0.0]
         for version, state in self.policies.items():
             model.load_state_dict(state)
             for answer in checked:

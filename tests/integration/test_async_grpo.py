@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from tandem.engine.v1 import engine_pb2
 from tandem.errors import InvalidArgument, Reason
+from tandem.weights.v1 import weights_pb2
 from tests.asynchronous import Midway, Recorded, arguments, prompts, tokenizer
 from tests.faults import raw
 from tests.integration.calls import idle, until
@@ -168,6 +170,40 @@ def test_an_adapter_reaches_the_engine_and_leaves_the_base_alone(
     assert torch.equal(base[name.format("q_proj.base_layer")], before[name.format("q_proj")])
     assert max(run.staleness()) <= 1
     trainer.close()
+
+
+def test_an_adapter_may_reach_the_engine_alone(
+    service: Service, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    run = Recorded(
+        service,
+        checkpoints["llama"],
+        tmp_path,
+        monkeypatch,
+        peft_config=lora,
+        lora_mode="adapter",
+        max_steps=3,
+        learning_rate=0.05,
+    )
+    trainer = run.trainer
+    base = service.weights.GetWeightVersion(
+        weights_pb2.GetWeightVersionRequest(include_digest=True), timeout=30
+    )
+    trainer.train()
+    now = service.weights.GetWeightVersion(
+        weights_pb2.GetWeightVersionRequest(include_digest=True), timeout=30
+    )
+    assert now.digest == base.digest, "the engine's own weights stay"
+    assert now.weight_version == base.weight_version + 4
+    assert logged(trainer, "ratio")[0] == pytest.approx(1, abs=1e-3)
+    assert max(run.staleness()) <= 1
+    run.assert_each_once()
+    run.assert_logprobs_are_of_the_versions_they_name(
+        checkpoints["llama"], wrap=lambda model: get_peft_model(model, lora)
+    )
+    trainer.close()
+    service.engine.UnloadLora(engine_pb2.UnloadLoraRequest(name="policy"), timeout=30)
 
 
 class Guess:
