@@ -65,5 +65,5 @@ class TrainerSettings(ServiceSettings):
         1,
         ge=0,
         description="Processes that have all libraries loaded before there is a job, which then starts at once. "
-        "For jobs of one process. Each takes some 700 MiB.",
+        "For jobs of one process. Each takes some 600 MiB.",
     )
