@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tandem.rpc.address import MAX_UNIX_PATH_BYTES
 from tests.disks import fill, small_disk
 from tests.jobs import spec
 from trainer_service.jobs import processes
@@ -275,3 +277,12 @@ def test_an_event_is_one_line_whatever_is_in_it(folder: JobFolder) -> None:
     lines = folder.events_file.read_bytes().splitlines()
     assert len(lines) == 1
     assert json.loads(lines[0])["attempt"] == 3
+
+
+def test_sockets_of_processes_that_ended_are_removed_and_nothing_else(folder: JobFolder) -> None:
+    assert folder.holds_sockets == (len(str(folder.path)) + 37 <= MAX_UNIX_PATH_BYTES)
+    assert not JobFolder(Path("/" + 80 * "x")).holds_sockets
+    before = {path.name for path in folder.path.iterdir()}
+    os.mknod(folder.path / "left", stat.S_IFSOCK | 0o600)  # whatever the length of its path
+    folder.drop_sockets()
+    assert {path.name for path in folder.path.iterdir()} == before

@@ -257,7 +257,7 @@ class Attempts:
                 break
             except TimeoutError as error:
                 log.error("cannot end a job", job=job.id, error=str(error))
-        self._folder(job).socket.unlink(missing_ok=True)
+        await asyncio.to_thread(self._folder(job).drop_sockets)
 
     def _followed(self, job_id: str, task: asyncio.Task[None]) -> None:
         if self._following.get(job_id) is task:

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.errors import invalid
+from tandem.rpc.address import MAX_UNIX_PATH_BYTES
 from trainer_service.jobs.spec import JobSpec
 
 _CHECKPOINT = "checkpoint-"
@@ -86,6 +88,17 @@ class JobFolder:
         shutil.rmtree(self.path, ignore_errors=True)
         if self.path.exists():  # with the reason
             shutil.rmtree(self.path)
+
+    @property
+    def holds_sockets(self) -> bool:
+        """Whether its path leaves room for sockets that are named by a UUID, as vLLM's are."""
+        return len(os.fsencode(self.path)) + len(f"/{uuid.UUID(int=0)}") <= MAX_UNIX_PATH_BYTES
+
+    def drop_sockets(self) -> None:
+        """Remove what processes that have ended served at."""
+        for path in self.path.glob("*"):
+            if path.is_socket():
+                path.unlink(missing_ok=True)
 
     def stop_file(self, attempt: int) -> Path:
         """Where it is, an attempt of several processes is to end."""

@@ -131,6 +131,8 @@ class Attempt:
         clean = {n: v for n, v in os.environ.items() if not n.startswith(_PREFIX) or n in _KEPT}
         if gpus := os.environ.get(ENGINE_GPUS):
             clean["CUDA_VISIBLE_DEVICES"] = gpus
+        if self._folder.holds_sockets:  # vLLM removes none of its own
+            clean.setdefault("VLLM_RPC_BASE_PATH", str(self._folder.path))
         return _spawn(engine_command(self._spec, self._folder), self._folder.engine_file, clean)
 
     def _engine_ended(self, code: int) -> None:
