@@ -23,6 +23,7 @@ from tandem.trainer.v1 import trainer_pb2 as pb
 from tandem.trainer.v1.trainer_pb2_grpc import TrainingJobServiceStub
 from tests.services import ENGINE, ENVIRONMENT
 from trainer_service.jobs import processes
+from trainer_service.jobs.spec import ALGORITHMS
 
 #: The reward of the jobs. Its n-th call waits while there is a file hold-n, and says so by one wait-n. It fails
 #: on the rank that the file fails-on names.
@@ -97,8 +98,7 @@ class Place:
             "rewards": [{"function": "job_reward:score"}],
             "inference": target,
             "training": training,
-            "grpo": {"num_generations": 4},
-        }
+        } | ({} if fields.keys() & set(ALGORITHMS) else {"grpo": {"num_generations": 4}})
         return json_format.ParseDict(given | fields, job_pb2.JobSpec())
 
 

@@ -207,6 +207,7 @@ def test_a_deleted_job_leaves_nothing(service: JobService, place: Place) -> None
     folder = Path(job.folder)
     assert len(members) >= 3  # what runs it, the training, the inference service
     assert (folder / "i.sock").is_socket()
+    assert len([path for path in folder.iterdir() if path.is_socket()]) > 1  # vLLM's own, which it leaves
     service.stub.DeleteJob(pb.DeleteJobRequest(job_id=job.id), timeout=60)
     assert service.members(job.id) == set()
     assert not [pid for pid in members if Path(f"/proc/{pid}").exists() and _runs(pid)]
@@ -232,6 +233,10 @@ def test_a_deleted_job_leaves_nothing(service: JobService, place: Place) -> None
         ({"hardware": {"gpus": 4096}}, "job.hardware.gpus", "the job needs 4096 GPUs"),
         ({"hardware": {"accelerate_config": "/nowhere"}}, "job.hardware.accelerate_config", "No such file"),
         ({"training": {"max_steps": 2, "top_p": 1.5}}, "job.training.top_p", "less than or equal to 1"),
+        ({"training": {"max_steps": 2, "optim": "admaw"}}, "job.training.optim", "admaw is not a valid"),
+        ({"training": {"max_steps": 2, "lr_scheduler_type": "cosin"}}, "job.training.lr_scheduler_type", "not a valid"),
+        ({"training": {"max_steps": 2, "report_to": ["nonsense"]}}, "job.training.report_to[0]", "no tracker"),
+        ({"xpo": {"loss_type": "sigmiod"}}, "job.xpo.loss_type", "must be one of sigmoid, ipo"),
     ],
 )  # fmt: skip  # a table
 def test_what_is_wrong_is_told_at_submission(
@@ -242,6 +247,13 @@ def test_what_is_wrong_is_told_at_submission(
         service.submit(place.spec("unix:///nowhere.sock", **fields))
     assert [violation.field for violation in raised.value.violations] == [field]
     assert len(service.stub.ListJobs(pb.ListJobsRequest(), timeout=20).jobs) == before
+
+
+def test_a_dtype_that_torch_has_not(service: JobService, place: Place) -> None:
+    model = {"path": str(place.model), "dtype": "float17"}
+    with pytest.raises(InvalidArgument, match="no floating-point dtype 'float17'") as raised:
+        service.submit(place.spec("unix:///nowhere.sock", model=model))
+    assert [violation.field for violation in raised.value.violations] == ["job.model.dtype"]
 
 
 def _runs(pid: int) -> bool:

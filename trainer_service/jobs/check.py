@@ -34,7 +34,7 @@ _DEVICE = ("bf16", "fp16", "tf32", "bf16_full_eval", "fp16_full_eval")
 def check(spec: JobSpec) -> list[Violation]:
     """Everything that is wrong, with each field's path under `job`."""
     found = list(_options(spec))
-    for part in (_model, _dataset, _rewards, _hardware, _target):
+    for part in (_model, _dataset, _rewards, _trackers, _hardware, _target):
         found += part(spec)
     return found
 
@@ -45,6 +45,7 @@ def _options(spec: JobSpec) -> Iterator[Violation]:
     config = config_class(spec.algorithm)
     hints = typing.get_type_hints(config)
     names = {field.name for field in dataclasses.fields(config) if field.init}
+    choices = {field.name: field.metadata.get("choices") for field in dataclasses.fields(config)}
     wrong = False
     typed = {name for name, (path, _) in given_options(spec).items() if ".trl_options." not in path}
     for name in spec.settings.trl_options:
@@ -68,6 +69,9 @@ def _options(spec: JobSpec) -> Iterator[Violation]:
         elif why := _type_error(hints.get(name, Any), value):
             wrong = True
             yield Violation(f"job.{path}", why)
+        elif isinstance(value, str) and (known := choices[name]) and value not in known:
+            wrong = True
+            yield Violation(f"job.{path}", f"must be one of {', '.join(known)}, is {value!r}")
     if (
         not wrong and spec.hardware.processes == 1
     ):  # batches of several are counted by the job's own processes
@@ -97,11 +101,17 @@ def _constructed(spec: JobSpec, config: type[Any]) -> Iterator[Violation]:
         text = " ".join(str(error).split())[:1000]
         paths = {name: path for name, (path, _) in given_options(spec).items()}
         words = [word.strip("`'\"().,:;") for word in text.split()]
-        named = next((paths[word] for word in words if word in paths), spec.algorithm)
+        # Enumerations' errors tell the value and no name.
+        values_paths = {value: path for path, value in given_options(spec).values() if isinstance(value, str)}
+        named = next(
+            (found[word] for found in (paths, values_paths) for word in words if word in found),
+            spec.algorithm,
+        )
         yield Violation(f"job.{named}", text or type(error).__name__)
 
 
 def _model(spec: JobSpec) -> Iterator[Violation]:
+    import torch
     from transformers import AutoConfig
 
     def load(path: str, revision: str | None = None) -> None:
@@ -110,6 +120,9 @@ def _model(spec: JobSpec) -> Iterator[Violation]:
         AutoConfig.from_pretrained(path, revision=revision or "main")
 
     yield from _tried("job.model.path", lambda: load(spec.model.path, spec.model.revision))
+    dtype = getattr(torch, spec.model.dtype, None)
+    if spec.model.dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        yield Violation("job.model.dtype", f"torch has no floating-point dtype {spec.model.dtype!r}")
     for i, reward in enumerate(spec.rewards):
         if (model := reward.model) is not None:
             yield from _tried(f"job.rewards[{i}].model", lambda model=model: load(model))  # type: ignore[misc]
@@ -163,6 +176,24 @@ def _rewards(spec: JobSpec) -> Iterator[Violation]:
             yield from _tried(f"{field}.judge", lambda r=reward, f=field: build.judge(r, f))  # type: ignore[misc]
         else:
             yield from _tried(field, lambda r=reward, f=field: build.reward(r, spec.dataset, f))  # type: ignore[misc]
+
+
+def _trackers(spec: JobSpec) -> Iterator[Violation]:
+    from transformers.integrations import integration_utils
+
+    names = spec.training.report_to
+    if names in (["all"], ["none"]):
+        return
+    known = integration_utils.INTEGRATION_TO_CALLBACK
+    # transformers does not look for the last two in all cases in which it can use them.
+    here = {*integration_utils.get_available_reporting_integrations(), "azure_ml", "flyte"}  # type: ignore[no-untyped-call]
+    for i, name in enumerate(names):
+        if name not in known:
+            yield Violation(
+                f"job.training.report_to[{i}]", f"there is no tracker {name!r}: there are {', '.join(known)}"
+            )
+        elif name not in here:
+            yield Violation(f"job.training.report_to[{i}]", f"{name} is not installed where the service runs")
 
 
 def _hardware(spec: JobSpec) -> Iterator[Violation]:
