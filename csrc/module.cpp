@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <memory>
 #include <string>
 #include <system_error>
 #include <tuple>
@@ -11,6 +12,7 @@
 #include "digest.hpp"
 #include "host_arena.hpp"
 #include "isa.hpp"
+#include "nccl.hpp"
 #include "scatter.hpp"
 
 namespace py = pybind11;
@@ -23,6 +25,8 @@ using Strides = std::vector<std::int64_t>;
 using JobTuple =
     std::tuple<std::uintptr_t, std::string, Strides, std::uintptr_t, std::string, Strides, Strides>;
 
+using SpanTuple = std::tuple<std::uintptr_t, std::uint64_t>;
+
 std::uint64_t scatter(const std::vector<JobTuple>& tuples, std::int64_t threads) {
     std::vector<tandem::ScatterJob> jobs;
     jobs.reserve(tuples.size());
@@ -33,8 +37,7 @@ std::uint64_t scatter(const std::vector<JobTuple>& tuples, std::int64_t threads)
     return tandem::scatter(jobs, threads);
 }
 
-std::vector<std::uint64_t> digest_regions(const std::vector<std::tuple<std::uintptr_t, std::uint64_t>>& pairs,
-                                          std::int64_t threads) {
+std::vector<std::uint64_t> digest_regions(const std::vector<SpanTuple>& pairs, std::int64_t threads) {
     std::vector<tandem::Region> regions;
     regions.reserve(pairs.size());
     for (const auto& [address, nbytes] : pairs) regions.push_back({address, nbytes});
@@ -53,7 +56,8 @@ void raise_os_error(std::exception_ptr raised) {
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
-    m.doc() = "The weight plane's C++: arenas of host and device memory, batched cast-and-scatter, digest.";
+    m.doc() =
+        "The weight plane's C++: arenas of host and device memory, batched cast-and-scatter, digest, NCCL.";
     py::register_local_exception_translator(raise_os_error);
 
     py::class_<tandem::HostArena>(m, "HostArena", py::buffer_protocol(),
@@ -77,6 +81,33 @@ PYBIND11_MODULE(_core, m) {
         .def_property_readonly("device", &tandem::DeviceArena::device)
         .def_property_readonly("size", &tandem::DeviceArena::size)
         .def_property_readonly("address", &tandem::DeviceArena::address);
+
+    m.def("load_nccl", &tandem::nccl::load, "path"_a, Release());
+    m.def("nccl_unique_id", [] {
+        py::gil_scoped_release release;
+        const std::string id = tandem::nccl::unique_id();
+        py::gil_scoped_acquire acquire;
+        return py::bytes(id);
+    });
+    py::class_<tandem::nccl::Communicator>(m, "Communicator", "One rank's end of a communicator of NCCL's.")
+        .def(py::init([](const py::bytes& id, int rank, int size) {
+                 const std::string given = id;
+                 py::gil_scoped_release release;
+                 return std::make_unique<tandem::nccl::Communicator>(given, rank, size);
+             }),
+             "id"_a, "rank"_a, "size"_a)
+        .def("ready", &tandem::nccl::Communicator::ready, Release())
+        .def(
+            "broadcast",
+            [](tandem::nccl::Communicator& self, const std::vector<SpanTuple>& tuples, int root,
+               std::uintptr_t stream) {
+                std::vector<tandem::nccl::Span> spans;
+                spans.reserve(tuples.size());
+                for (const auto& [address, nbytes] : tuples) spans.push_back({address, nbytes});
+                self.broadcast(spans, root, stream);
+            },
+            "spans"_a, "root"_a, "stream"_a, Release())
+        .def("abort", &tandem::nccl::Communicator::abort, Release());
 
     m.def("scatter", &scatter, "jobs"_a, "threads"_a = 0, Release());
 

@@ -39,7 +39,11 @@ class EngineArenas(ABC):
     placements: one for each tensor. Empty, with `reason`, where the engine's weights are not in arenas: then nobody
         can update them.
     reloads: whether some tensors reach the parameters only by vLLM's own loading.
+    nccl: version of the workers' NCCL, 0 where they have none. free: bytes of the device's memory that nobody uses.
     """
+
+    nccl = 0
+    free = 0
 
     def __init__(self, placements: Sequence[Placement] = (), reloads: bool = False, reason: str = "") -> None:
         self.placements = list(placements)

@@ -29,7 +29,8 @@ async def collect(engine: Engine) -> EngineArenas:
             return HostArenas(reason=f"the ranks don't hold the whole model: {error}")
         reloads = any(answer["reloaded"] for answer in answers)
         if any(handle.gpu for handle in handles):
-            arenas, handles = DeviceArenas(engine, handles, placements, reloads), []
+            nccl, free = (min(answer[what] for answer in answers) for what in ("nccl", "free"))
+            arenas, handles = DeviceArenas(engine, handles, placements, reloads, nccl=nccl, free=free), []
             return arenas
         mapped = [Arena.open(handle.fd, handle.size) for handle in handles]
         return HostArenas(mapped, placements, reloads, ranks=[handle.rank for handle in handles])

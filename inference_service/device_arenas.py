@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from inference_service import passing
 from inference_service.arenas import EngineArenas, Handle
 from inference_service.engine import Engine
+from inference_service.link import Link
 from inference_service.staging import Staging
 from weight_transfer.placement import Placement
 
@@ -21,8 +22,13 @@ class DeviceArenas(EngineArenas):
         handles: Sequence[Handle],
         placements: Sequence[Placement],
         reloads: bool = False,
+        *,
+        nccl: int = 0,
+        free: int = 0,
     ) -> None:
         super().__init__(placements, reloads)
+        self.nccl, self.free = nccl, free
+        self.link = Link(engine)
         self._engine = engine
         self._handles = list(handles)
 

@@ -9,7 +9,7 @@ import structlog
 
 from inference_service.arenas import EngineArenas
 from inference_service.memory import free_bytes
-from inference_service.transports import SHARED, why_not_in_place
+from inference_service.transports import NCCL, SHARED, why_not_in_place
 from tandem.errors import FailedPrecondition, Reason
 
 log = structlog.get_logger(__name__)
@@ -49,6 +49,8 @@ class Modes:
             return "staged"
         if asked or self._setting != "auto":
             return asked or self._setting
+        if transport == NCCL:  # what is free of a GPU that an engine has to itself stays so
+            return "staged" if self._arenas.manifest.nbytes + HEADROOM <= self._arenas.free else "in_place"
         # What a trainer shares, it shares to write itself: no byte moves where it can.
         return "in_place" if transport == SHARED else ""
 

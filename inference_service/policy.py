@@ -117,8 +117,8 @@ class Policy:
         or a partial one does not, and is refused there.
 
         Raises:
-            InvalidArgument: `new_version`. Aborted: LEASE_HELD. FailedPrecondition: BASE_VERSION_MISMATCH.
-            Unavailable: ENGINE_DEAD, and ENGINE_TORN for an update that does not heal.
+            InvalidArgument: `new_version`. Aborted: LEASE_HELD; LEASE_LOST, as `Incoming.open` says. FailedPrecondition:
+            BASE_VERSION_MISMATCH. Unavailable: ENGINE_DEAD, and ENGINE_TORN for an update that does not heal.
         """
         if self._update is not None:
             raise Aborted(Reason.LEASE_HELD, "another update is under way")
@@ -142,15 +142,18 @@ class Policy:
             raise invalid("begin.new_version", f"must be above the base version {base_version}, got {number}")
         self.require_life()
         update = self._update = Update(self, number, way, in_flight=in_flight, writer=writer)
-        if way.in_place:
-            try:
+        try:
+            await update.open()
+            if way.in_place:
                 await update.stop_generation()
-            except BaseException:
-                await self.to_its_end(update.end())  # nothing was written yet, whatever happened
-                raise
+        except BaseException:
+            await self.to_its_end(update.end())  # nothing was written yet, whatever happened
+            raise
+        if way.in_place:
             update.start_writing()
         else:
             self.tell()
+        update.expect()
         return update
 
     async def restore(self) -> int:

@@ -21,10 +21,12 @@ from typing import Any
 import structlog
 
 from inference_service.arenas import EngineArenas, Handle, HostArenas
+from inference_service.device_arenas import DeviceArenas
 from inference_service.modes import Modes
 from inference_service.staging import MappedStaging
 from inference_service.trained import TrainedAdapter
-from inference_service.transports import SHARED, STREAM, Way
+from inference_service.transports import NCCL, SHARED, STREAM, Way
+from inference_service.transports.nccl import Invitation
 from tandem.errors import Aborted, FailedPrecondition, InvalidArgument, NotFound, Reason, Violation, invalid
 from weight_transfer import descriptors
 from weight_transfer.identity import ProcessIdentity
@@ -65,6 +67,11 @@ class Session:
             yield
         finally:
             self._watchers.remove(tell)
+
+    def broke_off(self, reason: str) -> None:
+        """Its update cannot go on, whatever the trainer does."""
+        for tell in list(self._watchers):
+            tell(reason)
 
     def end(self, reason: str) -> None:
         """It is over, and nobody writes for it any more."""
@@ -145,6 +152,7 @@ class Sessions:
         transport: str = "",
         adapter: TrainedAdapter | None = None,
         mode: str = "",
+        nccl: int = 0,
     ) -> Session:
         """Introduce a trainer that has `tensors`.
 
@@ -154,6 +162,7 @@ class Sessions:
             transport: the one to use, or "" to have the fastest possible one chosen.
             adapter: what its updates shall carry in place of the policy, by stream alone.
             mode: staged or in_place, or "" to have the service choose.
+            nccl: the version of the trainer's NCCL, 0 if it has none.
 
         Raises:
             FailedPrecondition: TRANSPORT_UNAVAILABLE, saying why. And what `check` raises.
@@ -161,19 +170,22 @@ class Sessions:
         """
         self.check(tensors)
         why_not = "" if adapter is None else "an adapter is no memory of the engine's"
+        no_nccl = why_not or self._why_not_nccl(identity, nccl)
         why_not = why_not or self._identity.why_not_shared(identity)
-        if transport == SHARED and why_not:
-            raise FailedPrecondition(Reason.TRANSPORT_UNAVAILABLE, f"shared: {why_not}")
+        if reason := {SHARED: why_not, NCCL: no_nccl}.get(transport):
+            raise FailedPrecondition(Reason.TRANSPORT_UNAVAILABLE, f"{transport}: {reason}")
         if self._shared is not None:
             raise Aborted(Reason.LEASE_HELD, "another trainer shares the engine's memory")
-        chosen = transport or (STREAM if why_not else SHARED)
+        chosen = transport or (SHARED if not why_not else STREAM if no_nccl else NCCL)
+        if chosen == STREAM and self._arenas.gpus and no_nccl != why_not:
+            why_not = f"{why_not}; nccl: {no_nccl}"
         mode = self._modes.for_session(chosen, mode, adapter=adapter is not None)
         where = {p.spec.name: p for p in self._arenas.placements}
         shares = chosen == SHARED and mode == "in_place"
         session = Session(
             id=uuid.uuid4().hex,
             transport=chosen,
-            reason=why_not if chosen == STREAM and not transport else "",
+            reason=why_not if chosen != SHARED and not transport else "",
             tensors=tuple(tensors),
             mode=mode,
             stage=MappedStaging(self._arenas.manifest) if chosen == SHARED and not shares else None,
@@ -206,6 +218,17 @@ class Sessions:
             Reason.SESSION_NOT_FOUND, "no such session; open one anew", metadata={"session_id": session_id}
         )
 
+    def _why_not_nccl(self, identity: ProcessIdentity, version: int) -> str:
+        if not self._arenas.gpus:
+            return "the engine's weights are in host memory"
+        if not self._arenas.nccl:
+            return "the engine's worker has no NCCL of version 2.18 or later"
+        if not version:
+            return "the trainer has no NCCL of version 2.18 or later, or not its whole policy on one GPU"
+        if set(identity.gpu_uuids) & set(self._arenas.gpus):
+            return "the trainer is on the engine's GPU, which NCCL takes once"
+        return ""
+
     def handles(self, session: Session) -> list[Handle]:
         """The memory that a shared session's trainer maps."""
         if session.stage is None:
@@ -223,12 +246,17 @@ class Sessions:
             session.transport == STREAM and session.adapter is None and isinstance(self._arenas, HostArenas)
         )
 
-    def way(self, session: Session, *, partial: bool = False) -> Way:
+    def way(self, session: Session, *, partial: bool = False, nccl_id: bytes = b"") -> Way:
         """How the bytes of a session's update come that begins now.
 
         Raises:
-            InvalidArgument: `begin.partial`, this session's updates are whole.
+            InvalidArgument: `begin.partial`, this session's updates are whole; `begin.nccl_id`.
         """
+        invitation = None
+        if session.transport == NCCL and isinstance(self._arenas, DeviceArenas):
+            invitation = Invitation(self._arenas.link, session.id, nccl_id, session.broke_off)
+        elif nccl_id:
+            raise invalid("begin.nccl_id", f"the session goes by {session.transport}")
         if partial and not self.takes_changes(session):
             raise invalid("begin.partial", f"the session's updates are whole: it goes by {session.transport}")
         return Way(
@@ -237,6 +265,7 @@ class Sessions:
             partial=partial,
             adapter=session.adapter,
             stage=session.stage,
+            invitation=invitation,
         )
 
     async def _accept(self, listener: socket.socket) -> None:

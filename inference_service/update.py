@@ -44,6 +44,14 @@ class Update:
         self._checked: asyncio.Future[None] | None = None  # from `prepare` on
         self._incoming = incoming(way, policy.arenas, policy.engine)
 
+    async def open(self) -> None:
+        """Do what takes time before bytes can come. Raises as `Incoming.open` does."""
+        await self._incoming.open()
+
+    def expect(self) -> None:
+        """From now on bytes may come."""
+        self._incoming.expect()
+
     async def stop_generation(self) -> None:
         """Have the engine idle."""
         self._stopped_at = time.perf_counter()

@@ -14,6 +14,7 @@ import torch
 from inference_service import loader, orphans, passing
 from inference_service.staging import tensors_in
 from weight_transfer.arena import Arena
+from weight_transfer.cuda import nccl
 from weight_transfer.digest import combine
 from weight_transfer.manifest import Manifest, TensorSpec
 from weight_transfer.write import copy
@@ -41,6 +42,8 @@ class TandemWorker:
             "arenas": [arena.size for arena in held.arenas],
             "reloaded": held.reloaded,
             "reason": held.reason,
+            "nccl": nccl.version() if held.gpu else 0,
+            "free": torch.cuda.mem_get_info()[0] if held.gpu else 0,
             "placements": [
                 [
                     p.spec.name,
@@ -84,6 +87,12 @@ class TandemWorker:
             # To the device whole, and there to its place.
             copy(placement.pairs(held.arenas, tensor.to(held.arenas[0].device)))
         self.tandem_settle()
+
+    def tandem_link(self, path: str) -> None:
+        """Begin the thread that receives by NCCL, and have it connect to the service's socket at `path`."""
+        from inference_service.worker_link import WorkerLink
+
+        WorkerLink(self._tandem_model().tandem, path)
 
     def tandem_adapter_missing(self, modules: list[str]) -> list[str]:
         """Those of `modules` that cannot be adapted here."""

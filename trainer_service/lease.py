@@ -34,13 +34,13 @@ class Lease:
         timeout_s: float,
         ready_timeout_s: float,
         answer_timeout_s: float,
-        meanwhile: Callable[[], None] = lambda: None,
+        meanwhile: Callable[[Lease], None] = lambda lease: None,
     ) -> None:
         """Open the update and wait until the service is ready.
 
         Args:
             stub: the weight service.
-            meanwhile: what to do while the service makes itself ready.
+            meanwhile: what to do while the service makes itself ready, with this lease.
             begin: the first message.
             heartbeat_s: seconds between two heartbeats.
             timeout_s: deadline of the whole update in seconds.
@@ -63,7 +63,7 @@ class Lease:
         )
         self._heart.start()
         try:
-            meanwhile()
+            meanwhile(self)
             self._answer("ready", ready_timeout_s)
         except BaseException:
             self._end()
@@ -76,6 +76,11 @@ class Lease:
             self._put(pb.UpdateWeightsRequest(chunk=chunk))
         else:
             self._put(pb.UpdateWeightsRequest(sparse=pb.SparseChunk(**vars(piece))))
+
+    def check(self) -> None:
+        """Raise what ended the update, if the service did."""
+        if not self._call.is_active():
+            self._answer("")
 
     def prepare(self, digest: int) -> None:
         """Return once all is there and has this digest, so that `commit`, which needs none then, only installs it.
@@ -130,8 +135,7 @@ class Lease:
             try:
                 return self._outbox.put(message, timeout=0.2)
             except queue.Full:
-                if not self._call.is_active():
-                    self._answer("")  # raises what ended it
+                self.check()
 
     def _answer(self, step: str, timeout_s: float | None = None) -> pb.UpdateWeightsResponse:
         timeout_s = self._answer_timeout_s if timeout_s is None else timeout_s

@@ -13,6 +13,7 @@ from tandem.errors import FailedPrecondition, Internal, Reason
 from tandem.weights.v1 import weights_pb2 as pb
 from trainer_service.client import InferenceClient
 from trainer_service.lease import Lease
+from weight_transfer.cuda import nccl
 from weight_transfer.cuda.devices import uuid_of
 from weight_transfer.identity import ProcessIdentity
 from weight_transfer.manifest import Manifest, TensorSpec
@@ -47,7 +48,7 @@ class Session:
         Args:
             client: the service.
             policy_of: gives the policy's tensors, for the names that the engine's manifest has.
-            transport: shared or stream, or None to let the service choose.
+            transport: shared, nccl or stream, or None to let the service choose.
             timeout_s: deadline in seconds of each step.
             mode: staged or in_place, or "" to let the service choose.
             sparse: whether updates by stream shall carry what changed alone, where the service takes that.
@@ -86,7 +87,11 @@ class Session:
 
     def _request(self, manifest: Manifest, policy: list[SourceTensor]) -> pb.OpenSessionRequest:
         """What introduces the policy to an engine of that manifest."""
-        return pb.OpenSessionRequest(identity=_identity(policy), tensors=specs_of(policy))
+        return pb.OpenSessionRequest(
+            identity=_identity(policy),
+            tensors=specs_of(policy),
+            nccl_version=nccl.version() if _device(policy) else 0,
+        )
 
     def _carried(self, manifest: Manifest, opened: pb.OpenSessionResponse) -> Manifest:
         """What updates carry."""
@@ -108,20 +113,28 @@ class Session:
         Raises:
             FailedPrecondition: somebody else made a newer version.
             Aborted: another trainer holds the lease.
+            TransportError: the engine's side of the transport did not come.
         """
+        transport = self.transport
+
+        def joined(lease: Lease) -> None:
+            transport.join(lease.check)
+            meanwhile()
+
         return Lease(
             self._client.weights,
             pb.BeginUpdate(
                 session_id=self.id,
                 base_version=self.weight_version,
                 new_version=number,
-                partial=self.transport.partial if partial is None else partial,
+                partial=transport.partial if partial is None else partial,
+                nccl_id=transport.invitation(),
             ),
             heartbeat_s=max(self.lease_timeout_s / 4, 0.05),
             timeout_s=timeout_s,
             ready_timeout_s=ready_timeout_s,
             answer_timeout_s=ANSWER_TIMEOUT_S,
-            meanwhile=meanwhile,
+            meanwhile=joined,
         )
 
     def holds(self, number: int, digest: int) -> bool:
@@ -143,6 +156,12 @@ def _identity(policy: Sequence[SourceTensor]) -> pb.ProcessIdentity:
         start_time=mine.start_time,
         gpu_uuids=mine.gpu_uuids,
     )
+
+
+def _device(policy: Sequence[SourceTensor]) -> str:
+    """The GPU that holds the policy; "" if none does, or several do."""
+    devices = {source.device for source in policy}
+    return devices.pop() if len(devices) == 1 and min(devices).startswith("cuda") else ""
 
 
 def specs_of(policy: Sequence[SourceTensor]) -> list[pb.TensorSpec]:
@@ -185,15 +204,15 @@ def _handshake(
     *,
     sparse: bool,
 ) -> Handshake:
-    shared = opened.shared
-    if chosen == "shared" and len(shared.placements) != len(policy):
+    shared = opened.nccl if chosen == "nccl" else opened.shared
+    if chosen in ("shared", "nccl") and len(shared.placements) != len(policy):
         raise Internal(Reason.BUG, "The service placed another number of tensors than it was given.")
     return Handshake(
         transport=chosen,
         manifest=manifest,
         max_chunk_bytes=opened.max_chunk_bytes,
-        descriptor_socket=shared.descriptor_socket,
-        token=shared.token,
+        descriptor_socket=opened.shared.descriptor_socket,
+        token=opened.shared.token,
         arena_sizes=tuple(arena.size for arena in shared.arenas),
         arena_gpus=tuple(arena.gpu_uuid for arena in shared.arenas),
         placements=tuple(
@@ -202,6 +221,8 @@ def _handshake(
         ),
         staged=opened.mode == pb.UPDATE_MODE_STAGED,
         partial=sparse and opened.partial,
+        window_bytes=opened.nccl.window_bytes,
+        device=_device(policy),
     )
 
 

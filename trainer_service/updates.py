@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from tandem.errors import Aborted, DeadlineExceeded, FailedPrecondition, Reason, TandemError
 from trainer_service.client import is_gone
+from weight_transfer.transports import TransportError
 
 #: How long a session or lease of a trainer that just died, perhaps ourselves, may still seem to be held.
 HELD_S = 5.0
@@ -47,6 +48,11 @@ def patiently(call: Callable[[], T]) -> T:
 def retryable(error: TandemError) -> bool:
     """Whether the update may succeed when everything is sent again."""
     return is_gone(error) or isinstance(error, DeadlineExceeded) or error.reason == Reason.LEASE_LOST
+
+
+def broken_off(error: TransportError) -> Aborted:
+    """The error where the way to the engine broke off: the update may be tried again."""
+    return Aborted(Reason.LEASE_LOST, str(error))
 
 
 def taken(ours: int, theirs: int) -> FailedPrecondition:

@@ -30,8 +30,8 @@ from trainer_service.lease import Lease
 from trainer_service.policy_tensors import policy_tensors
 from trainer_service.session import Session
 from trainer_service.steps import Steps
-from trainer_service.updates import ATTEMPTS, UpdateStats, patiently, retryable, taken
-from weight_transfer.transports import SourceTensor
+from trainer_service.updates import ATTEMPTS, UpdateStats, broken_off, patiently, retryable, taken
+from weight_transfer.transports import SourceTensor, TransportError
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class PolicyWeights:
         Args:
             client: the service.
             model: gives the policy. Asked at each update, since trainers wrap and replace their model.
-            transport: shared or stream; several, of which the first that can be had is taken; or None to let the
+            transport: shared, nccl or stream; several, of which the first that can be had is taken; or None to let the
                 service choose.
             timeout_s: how many seconds to wait for an engine that went away to come back.
             led: goes around the tensors of a policy that other ranks must read too.
@@ -252,7 +252,10 @@ class PolicyWeights:
             number = last if session.transport.digest(policy) == self._held else number
         if self._dirty:
             session.transport.forget()
-        lease = patiently(lambda: session.begin(number, meanwhile=meanwhile))
+        try:
+            lease = patiently(lambda: session.begin(number, meanwhile=meanwhile))
+        except TransportError as error:
+            raise broken_off(error) from error
         self._number, self._asked = number, 0
         return lease
 
@@ -276,6 +279,8 @@ class PolicyWeights:
             moved = session.transport.move(policy, lease.send, digest=wanted)
         except BaseException as error:
             lease.abort(str(error), untouched=not (wrote or session.transport.touched))
+            if isinstance(error, TransportError):
+                raise broken_off(error) from error
             raise
         try:
             version, stopped = lease.commit(moved.digest, meanwhile=session.transport.mark)

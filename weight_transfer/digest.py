@@ -5,7 +5,7 @@ The functions on addresses need no torch. They trust their caller: the memory mu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from weight_transfer import _core
@@ -80,10 +80,17 @@ class Digester:
 
     def digests(self) -> list[int]:
         """The digest of each tensor as it is now. On a CUDA device this waits for torch's current stream."""
+        return self.later()()
+
+    def later(self) -> Callable[[], list[int]]:
+        """Begin, in the order of torch's current stream where that is a device's; call the result for the digests."""
         if self._sums is None:
-            return _core.digest_regions(self._regions, self._threads)
-        totals = self._sums().tolist()
-        return [finish(total, tensor.nbytes) for total, tensor in zip(totals, self._tensors, strict=True)]
+            found = _core.digest_regions(self._regions, self._threads)
+            return lambda: found
+        totals = self._sums()
+        return lambda: [
+            finish(t, tensor.nbytes) for t, tensor in zip(totals.tolist(), self._tensors, strict=True)
+        ]
 
     def look(self) -> torch.Tensor:
         """Something that compares equal, by torch.equal, as long as the tensors' bytes do: int64, where they are.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from weight_transfer.arena import Arena
 from weight_transfer.digest import Digester, digest_tensor
@@ -24,11 +24,20 @@ class Reading:
         Raises:
             ValueError: ranks that hold the same part of a tensor hold different values; names it.
         """
-        found = dict(zip(self._whole, self._digester.digests(), strict=True))
-        for i, placement in enumerate(self._placements):
-            if i not in found:
-                found[i] = self._gathered(placement)
-        return [found[i] for i in range(len(self._placements))]
+        return self.later()()
+
+    def later(self) -> Callable[[], list[int]]:
+        """Begin, as `Digester.later`; call the result, in the same stream, for what `digests` returns or raises."""
+        begun = self._digester.later()
+
+        def finish() -> list[int]:
+            found = dict(zip(self._whole, begun(), strict=True))
+            for i, placement in enumerate(self._placements):
+                if i not in found:
+                    found[i] = self._gathered(placement)
+            return [found[i] for i in range(len(self._placements))]
+
+        return finish
 
     def _gathered(self, placement: Placement) -> int:
         tensor = placement.gather(self._arenas)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
 from datetime import timedelta
 from typing import Any, cast
 
@@ -12,7 +12,7 @@ from inference_service.policy import Policy
 from inference_service.servicers.engine import pause_mode
 from inference_service.sessions import Session
 from inference_service.trained import trained_adapter
-from inference_service.transports import SHARED, STREAM
+from inference_service.transports import NCCL, SHARED, STREAM
 from inference_service.update import Update
 from tandem.errors import (
     Aborted,
@@ -30,9 +30,10 @@ from weight_transfer.identity import ProcessIdentity
 from weight_transfer.manifest import Manifest, TensorSpec
 from weight_transfer.placement import Placement
 from weight_transfer.sparse import Packed
+from weight_transfer.windows import WINDOW_BYTES
 
 _TICKS = 8
-_TRANSPORT = {SHARED: pb.TRANSPORT_SHARED, STREAM: pb.TRANSPORT_STREAM}
+_TRANSPORT = {SHARED: pb.TRANSPORT_SHARED, NCCL: pb.TRANSPORT_NCCL, STREAM: pb.TRANSPORT_STREAM}
 _MODE = {"in_place": pb.UPDATE_MODE_IN_PLACE, "staged": pb.UPDATE_MODE_STAGED}
 
 
@@ -62,7 +63,7 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
             digest = asked.base_digest if asked.HasField("base_digest") else None
             specs = _specs(asked.tensors, "adapter.tensors")
             adapter = await trained_adapter(policy, asked.name, specs, digest)
-        session = sessions.open(tensors, identity, transport, adapter, mode)
+        session = sessions.open(tensors, identity, transport, adapter, mode, request.nccl_version)
         response = pb.OpenSessionResponse(
             session_id=session.id,
             engine_id=policy.engine.info.engine_id,
@@ -77,14 +78,18 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
         if adapter is not None:
             response.adapter.CopyFrom(_manifest(adapter.manifest))
         if session.transport == SHARED:
-            where, staged = sessions.placements(session), session.stage is not None
             response.shared.descriptor_socket = sessions.path
             response.shared.token = session.token
-            response.shared.arenas.extend(
+        elif session.transport == NCCL:
+            response.nccl.window_bytes = WINDOW_BYTES
+        if session.transport in (SHARED, NCCL):
+            where, staged = sessions.placements(session), session.stage is not None
+            layout = response.shared if session.transport == SHARED else response.nccl
+            layout.arenas.extend(
                 pb.Arena(size=handle.size, gpu_uuid=handle.gpu, rank=handle.rank)
                 for handle in sessions.handles(session)
             )
-            response.shared.placements.extend(
+            layout.placements.extend(
                 _placement(where[t.name], t.dtype, staged=staged) for t in session.tensors
             )
         return response
@@ -102,15 +107,17 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
                 )
             session = self._host.sessions.get(begin.session_id)
             mode = pause_mode(begin.in_flight, "begin.in_flight")
-            way = self._host.sessions.way(session, partial=begin.partial)
+            way = self._host.sessions.way(session, partial=begin.partial, nccl_id=begin.nccl_id)
             with session.watched(trainer.gone):
-                update = await policy.begin(
+                beginning = policy.begin(
                     begin.base_version,
                     way,
                     in_flight=mode,
                     writer=session if session.transport == SHARED and way.in_place else None,
                     new_version=begin.new_version if begin.HasField("new_version") else None,
                 )
+                # To join a communicator takes both sides: one that is silent then does not come.
+                update = await (trainer.heard_during(beginning) if begin.nccl_id else beginning)
                 async with _Lease(update) as lease:
                     if reason := trainer.has_gone:  # before it was told that it may write
                         await lease.settle().abort(untouched=True, reason=reason)
@@ -209,6 +216,8 @@ class _Trainer:
     def __init__(self, messages: AsyncIterator[pb.UpdateWeightsRequest], timeout: float) -> None:
         self._messages = aiter(messages)
         self._timeout = timeout
+        self._coming: asyncio.Future[Any] | None = None
+        self._kept: pb.UpdateWeightsRequest | None = None
         self._gone: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
     @property
@@ -226,26 +235,50 @@ class _Trainer:
         Raises:
             Aborted: LEASE_LOST, the trainer was silent for too long, ended the stream, or closed its session.
         """
-        coming: asyncio.Future[Any] = asyncio.ensure_future(anext(self._messages, None))
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            return kept
+        # In ticks: a loop that was stalled itself may not blame the trainer for the time.
+        for _ in range(_TICKS):
+            coming = self._coming = self._coming or asyncio.ensure_future(anext(self._messages, None))
+            await asyncio.wait(
+                {coming, self._gone}, timeout=self._timeout / _TICKS, return_when=asyncio.FIRST_COMPLETED
+            )
+            if coming.done() and (message := coming.result()) is not None:
+                self._coming = None
+                return cast(pb.UpdateWeightsRequest, message)
+            if coming.done() or self._gone.done():
+                reason = self._gone.result() if self._gone.done() else "the trainer ended its update's stream"
+                raise Aborted(Reason.LEASE_LOST, reason)
+        raise Aborted(Reason.LEASE_LOST, f"nothing was heard of the trainer for {self._timeout:g} s")
+
+    async def heard_during(self, work: Coroutine[Any, Any, Update]) -> Update:
+        """Await `work`, in which the trainer has nothing to say but that it is there.
+
+        Raises as `next` does: `work` is cancelled then. FailedPrecondition: UPDATE_ORDER.
+        """
+        working = asyncio.ensure_future(work)
         try:
-            # In ticks: a loop that was stalled itself may not blame the trainer for the time.
-            for _ in range(_TICKS):
-                await asyncio.wait(
-                    {coming, self._gone}, timeout=self._timeout / _TICKS, return_when=asyncio.FIRST_COMPLETED
-                )
-                if coming.done() and (message := coming.result()) is not None:
-                    return cast(pb.UpdateWeightsRequest, message)
-                if coming.done() or self._gone.done():
-                    reason = (
-                        self._gone.result() if self._gone.done() else "the trainer ended its update's stream"
-                    )
-                    raise Aborted(Reason.LEASE_LOST, reason)
-            raise Aborted(Reason.LEASE_LOST, f"nothing was heard of the trainer for {self._timeout:g} s")
+            while not working.done():
+                hearing = asyncio.ensure_future(self.next())
+                await asyncio.wait({working, hearing}, return_when=asyncio.FIRST_COMPLETED)
+                if working.done():  # what was coming, or went wrong, comes with the next `next`
+                    hearing.cancel()
+                    await asyncio.wait({hearing})
+                    if not hearing.cancelled() and hearing.exception() is None:
+                        self._kept = hearing.result()
+                elif (step := hearing.result().WhichOneof("step")) != "heartbeat":
+                    raise FailedPrecondition(Reason.UPDATE_ORDER, f"{step or 'an empty step'} before Ready")
+            return working.result()
         finally:
-            coming.cancel()
+            if not working.done():
+                working.cancel()
+                await asyncio.wait({working})
 
     def close(self) -> None:
         self._gone.cancel()
+        if self._coming is not None:
+            self._coming.cancel()
 
 
 class _Lease:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from inference_service.arenas import EngineArenas, HostArenas
 from inference_service.engine import Engine
-from inference_service.transports.base import CHECKPOINT, SHARED, STREAM, Incoming, Way
+from inference_service.transports.base import CHECKPOINT, NCCL, SHARED, STREAM, Incoming, Way
 
-__all__ = ["CHECKPOINT", "SHARED", "STREAM", "Incoming", "Way", "incoming", "why_not_in_place"]
+__all__ = ["CHECKPOINT", "NCCL", "SHARED", "STREAM", "Incoming", "Way", "incoming", "why_not_in_place"]
 
 
 def incoming(way: Way, arenas: EngineArenas, engine: Engine) -> Incoming:
@@ -16,6 +16,10 @@ def incoming(way: Way, arenas: EngineArenas, engine: Engine) -> Incoming:
             from inference_service.transports.checkpoint import FromCheckpoint
 
             return FromCheckpoint(engine)
+        case Way(invitation=invitation, in_place=in_place) if invitation is not None:
+            from inference_service.transports.nccl import OverNccl
+
+            return OverNccl(invitation, in_place=in_place)
         case Way(adapter=adapter) if adapter is not None:
             from inference_service.transports.adapter import AdapterStream
 

@@ -11,9 +11,10 @@ from tandem.errors import DataLoss, FailedPrecondition, Reason, invalid
 if TYPE_CHECKING:
     from inference_service.staging import Staging
     from inference_service.trained import TrainedAdapter
+    from inference_service.transports.nccl import Invitation
     from weight_transfer.sparse import Packed
 
-SHARED, STREAM, CHECKPOINT = "shared", "stream", "checkpoint"
+SHARED, NCCL, STREAM, CHECKPOINT = "shared", "nccl", "stream", "checkpoint"
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Way:
     partial: whether what is not sent stays as it is in the base version.
     adapter: what comes in place of the policy, if anything does.
     stage: the memory that a trainer on this host writes, where it is not the engine's own.
+    invitation: to a trainer's communicator, where they come by NCCL.
     """
 
     transport: str
@@ -33,12 +35,13 @@ class Way:
     partial: bool = False
     adapter: TrainedAdapter | None = None
     stage: Staging | None = None
+    invitation: Invitation | None = None
 
 
 class Incoming(ABC):
     """One update's bytes on their way into the engine.
 
-    `check` comes first, then `install`, each at most once, and at the end of every update `release`.
+    `open` comes first, then `expect`, `check` and `install`, each at most once, and at every update's end `release`.
     """
 
     #: Whether the engine's weights are what it carries, and not an adapter beside them.
@@ -49,6 +52,16 @@ class Incoming(ABC):
     writes: ClassVar[bool] = False
     #: Whether bytes were written into the live weights before `install`.
     touched: bool = False
+
+    async def open(self) -> None:  # noqa: B027  # most have nothing to do
+        """Do what takes time before bytes can come, while generation goes on.
+
+        Raises:
+            Aborted: LEASE_LOST, the other side did not come.
+        """
+
+    def expect(self) -> None:  # noqa: B027
+        """From now on bytes may come. In place, generation stands still."""
 
     def chunk(self, tensor: int, offset: int, data: bytes) -> None:
         """Take a piece of a tensor: its index in the manifest, the first byte, and the bytes.

@@ -25,7 +25,7 @@ from weight_transfer.transports import SourceTensor
 TRL_SERIES = "1.16."
 
 #: The transports of each vllm_mode, the fastest first: "colocate" shares memory, "server" may be anywhere.
-TRANSPORTS = {"colocate": ("shared",), "server": ("stream",)}
+TRANSPORTS = {"colocate": ("shared",), "server": ("nccl", "stream")}
 
 #: How a LoRA adapter reaches the engine: merged into its weights, or alone, beside weights that stay what they are.
 LORA_MODES = ("merged", "adapter")

@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
-from weight_transfer.transports.base import Chunk, Handshake, Moved, Piece, SourceTensor, WeightTransport
+from weight_transfer.transports.base import (
+    Chunk,
+    Handshake,
+    Moved,
+    Piece,
+    SourceTensor,
+    TransportError,
+    WeightTransport,
+)
 
-__all__ = ["Chunk", "Handshake", "Moved", "Piece", "SourceTensor", "WeightTransport", "open_transport"]
+__all__ = [
+    "Chunk",
+    "Handshake",
+    "Moved",
+    "Piece",
+    "SourceTensor",
+    "TransportError",
+    "WeightTransport",
+    "open_transport",
+]
 
 
 def open_transport(handshake: Handshake, timeout_s: float = 10.0) -> WeightTransport:
@@ -23,6 +40,10 @@ def open_transport(handshake: Handshake, timeout_s: float = 10.0) -> WeightTrans
             from weight_transfer.transports.shared import SharedTransport
 
             return SharedTransport.connect(handshake, timeout_s)
+        case "nccl":
+            from weight_transfer.transports.nccl import NcclTransport
+
+            return NcclTransport.connect(handshake)
         case "stream" if handshake.partial:
             from weight_transfer.transports.sparse import SparseTransport
 
@@ -32,4 +53,4 @@ def open_transport(handshake: Handshake, timeout_s: float = 10.0) -> WeightTrans
 
             return StreamTransport(handshake.manifest, handshake.max_chunk_bytes)
         case other:
-            raise ValueError(f"no transport is named {other!r}: there are shared and stream")
+            raise ValueError(f"no transport is named {other!r}: there are shared, nccl and stream")

@@ -50,6 +50,10 @@ class Chunk:
 Piece: TypeAlias = "Chunk | Packed"
 
 
+class TransportError(RuntimeError):
+    """The way to the engine broke off. It can be made anew."""
+
+
 @dataclass(frozen=True)
 class Moved:
     """What one update moved: bytes, in the engine's dtype or packed, and the whole policy's digest where any did.
@@ -76,6 +80,8 @@ class Handshake:
     placements: tuple[Placement, ...] = ()
     staged: bool = False  # shared: what is mapped is not the engine's own memory
     partial: bool = False  # stream: an update may carry changes alone
+    window_bytes: int = 0  # nccl
+    device: str = ""  # nccl: the trainer's GPU, as torch names it
 
 
 class WeightTransport(ABC):
@@ -127,6 +133,18 @@ class WeightTransport(ABC):
         """Have the next `move` bring everything: the engine may hold something else than was moved last."""
         return
 
+    def invitation(self) -> bytes:
+        """What the next update's begin must carry, so that the engine can `join`; b"" where there is no need."""
+        return b""
+
+    def join(self, alive: Callable[[], None]) -> None:
+        """Meet the engine's side of an update that is being begun. `alive` raises once that has ended, until the next.
+
+        Raises:
+            TransportError: the engine's side did not come.
+        """
+        return
+
     @abstractmethod
     def move(
         self, policy: Sequence[SourceTensor], send: Callable[[Piece], None], *, digest: bool = False
@@ -137,6 +155,9 @@ class WeightTransport(ABC):
             policy: all tensors of the manifest, in any order.
             send: puts a piece in the update's stream; blocks while the service is behind.
             digest: whether to digest the policy even where no byte moved.
+
+        Raises:
+            TransportError: the engine's side went away.
         """
 
     @abstractmethod

@@ -1,0 +1,82 @@
+"""NCCL: the engine's worker receives, into the live weights or beside them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from inference_service.link import Link
+from inference_service.transports.base import Incoming, compare
+from tandem.errors import Aborted, Reason, TandemError, invalid
+
+ID_BYTES = 128
+
+
+@dataclass(frozen=True)
+class Invitation:
+    """To one update by NCCL.
+
+    id: of the communicator to join, b"" to stay in the session's last one. broken: told the reason where it breaks off.
+    """
+
+    link: Link
+    session: str
+    id: bytes
+    broken: Callable[[str], None]
+
+    def __post_init__(self) -> None:
+        if self.id and len(self.id) != ID_BYTES:
+            raise invalid("begin.nccl_id", f"must have {ID_BYTES} bytes, has {len(self.id)}")
+
+
+class OverNccl(Incoming):
+    """In place, the trainer knows alone whether it began to send before it gave up."""
+
+    def __init__(self, invitation: Invitation, *, in_place: bool) -> None:
+        self._invitation = invitation
+        self._link = invitation.link
+        self._staged = not in_place
+        self._opened = False
+        self._received: asyncio.Task[dict[str, Any]] | None = None
+
+    async def open(self) -> None:
+        link, asked = self._link, self._invitation
+        await link.open()
+        if not asked.id and link.joined != asked.session:
+            raise Aborted(
+                Reason.LEASE_LOST, "the session's communicator was given up; begin with a new nccl_id"
+            )
+        self._opened, link.joined = True, ""
+        await link.answered(link.order("join", id=asked.id.hex(), staged=self._staged))
+        link.joined = asked.session
+
+    def expect(self) -> None:
+        answer = self._link.order("receive", staged=self._staged)
+        self._received = asyncio.ensure_future(self._link.answered(answer))
+        self._received.add_done_callback(self._tell)
+
+    def _tell(self, received: asyncio.Task[dict[str, Any]]) -> None:
+        if not received.cancelled() and (error := received.exception()) is not None:
+            self._invitation.broken(error.message if isinstance(error, TandemError) else str(error))
+
+    async def check(self, digest: int | None) -> None:
+        if self._received is None:
+            raise AssertionError("nothing was expected")
+        found = await asyncio.shield(self._received)
+        compare(digest, int(found["digest"], 16))
+
+    async def install(self) -> None:
+        if self._staged:
+            await self._link.answered(self._link.order("install"))
+
+    def release(self) -> None:
+        received = self._received
+        whole = (
+            received is not None and received.done() and not received.cancelled() and not received.exception()
+        )
+        if self._opened and not whole:
+            self._link.abort()
+        if received is not None:
+            received.cancel()

@@ -1,0 +1,103 @@
+"""The thread in an engine's worker that receives new weights by NCCL, as the service's Link tells it."""
+
+from __future__ import annotations
+
+import json
+import select
+import socket
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from inference_service.receiving import Receiving
+
+if TYPE_CHECKING:
+    from inference_service.loader import HeldWeights
+
+_BEAT_S = 0.25
+_CONNECT_S = 10.0
+
+
+class _EndedError(Exception):
+    """The order was taken back."""
+
+
+class WorkerLink:
+    """Carries out one order after the other. `abort` takes back the one under way, and is not answered."""
+
+    def __init__(self, held: HeldWeights, path: str) -> None:
+        """Connect to the service's socket at `path`, and begin."""
+        self._line = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._line.settimeout(_CONNECT_S)
+        self._line.connect(path)
+        self._read = b""
+        self._orders: list[dict[str, Any]] = []
+        self._beaten = 0.0
+        self._receiving = Receiving(held, self._pulse)
+        self._device = held.arenas[0].device
+        threading.Thread(target=self._run, name="tandem-link", daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            stream: torch.cuda.Stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            with torch.cuda.device(self._device), torch.cuda.stream(stream):
+                while True:
+                    self._carry_out(self._next())
+        except OSError:
+            return  # the service has let go, or is gone
+        finally:
+            self._receiving.close()
+            self._line.close()
+
+    def _carry_out(self, order: dict[str, Any]) -> None:
+        try:
+            match order["do"]:
+                case "join":
+                    found = self._receiving.join(bytes.fromhex(order["id"]), staged=order["staged"])
+                case "receive":
+                    found = self._receiving.receive(staged=order["staged"])
+                case "install":
+                    found = self._receiving.install()
+                case "abort":
+                    self._receiving.leave()
+                    return
+                case other:
+                    raise RuntimeError(f"no order is called {other!r}")
+        except _EndedError:
+            self._receiving.leave()
+            found = {"error": "the update has ended"}
+        except OSError:
+            raise
+        except Exception as error:  # noqa: BLE001  # told
+            self._receiving.leave()
+            found = {"error": f"{type(error).__name__}: {error}"}
+        self._say({"order": order["order"], **found})
+
+    def _next(self) -> dict[str, Any]:
+        while not self._orders:
+            self._hear(None)
+        return self._orders.pop(0)
+
+    def _pulse(self) -> None:
+        """Say that this process is there, and look for an order that takes back what is being done."""
+        if time.monotonic() - self._beaten > _BEAT_S:
+            self._say({})
+        self._hear(0)
+        if any(order["do"] == "abort" for order in self._orders):
+            self._orders = [order for order in self._orders if order["do"] != "abort"]
+            raise _EndedError
+
+    def _hear(self, seconds: float | None) -> None:
+        if not select.select([self._line], [], [], seconds)[0]:
+            return
+        more = self._line.recv(1 << 16)
+        if not more:
+            raise OSError("the service is gone")
+        *lines, self._read = (self._read + more).split(b"\n")
+        self._orders += map(json.loads, lines)
+
+    def _say(self, what: dict[str, Any]) -> None:
+        self._beaten = time.monotonic()
+        self._line.sendall(json.dumps(what).encode() + b"\n")

@@ -1,0 +1,252 @@
+"""A trainer on one GPU brings its weights to an engine on another by NCCL, and either may die in the middle of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tandem.errors import Reason, TandemError
+from tandem.inference.v1 import inference_pb2 as pb
+from tandem.weights.v1 import weights_pb2
+from tests.gpu.test_colocate import assert_agrees, digest, digest_of
+from tests.services import ENVIRONMENT, Service, inference_service
+from trainer_service.client import InferenceClient
+from trainer_service.weights import PolicyWeights
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+]
+MODES = pytest.mark.parametrize("mode", ["in_place", "staged"])
+
+
+@pytest.fixture(scope="module")
+def service(checkpoint: Path) -> Iterator[Service]:
+    engine = {"kv_cache_memory_bytes": 4 << 30, "enforce_eager": True}
+    with tempfile.TemporaryDirectory(prefix="tdm") as folder:
+        with inference_service(
+            checkpoint, Path(folder), wait=False, environment={"CUDA_VISIBLE_DEVICES": "0"}, **engine
+        ) as service:
+            service.wait_until("SERVING", 240)
+            yield service
+
+
+@pytest.fixture
+def policy(service: Service, checkpoint: Path) -> Iterator[Any]:
+    """Makes trainers' models on the second GPU; at the end the checkpoint is restored."""
+    made: list[PolicyWeights] = []
+    with closing(InferenceClient(service.address)) as client:
+
+        def make(dtype: torch.dtype, mode: str) -> tuple[Any, PolicyWeights]:
+            model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).to("cuda:1")
+            made.append(PolicyWeights(client, lambda: model, transport="nccl", mode=mode, timeout_s=60))
+            return model, made[-1]
+
+        yield make
+        for weights in made:
+            weights.detach()
+        service.weights.RestoreCheckpoint(weights_pb2.RestoreCheckpointRequest(), timeout=60)
+
+
+def step(model: Any, optimizer: torch.optim.Optimizer) -> None:
+    ids = torch.randint(5, 200, (2, 16), device="cuda:1")
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@MODES
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["mirror", "buckets"])
+def test_each_update_is_the_trainers_to_the_bit(
+    service: Service, policy: Any, dtype: torch.dtype, mode: str
+) -> None:
+    model, weights = policy(dtype, mode)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    before = digest(service)[1]
+    for _ in range(5):
+        step(model, optimizer)
+        weights.sync()
+        assert (weights.transport, weights.aliased) == ("nccl", False)
+        assert digest(service) == (weights.weight_version, digest_of(model, service))
+        assert digest(service)[1] != before
+    assert weights.bytes_moved == sum(t.numel() * 2 for t in model.state_dict().values() if t.is_floating_point()) or (
+        weights.bytes_moved > 0
+    )
+    assert_agrees(service, model.to("cuda:0"))
+    model.to("cuda:1")
+
+
+def test_nothing_travels_on_the_engines_own_gpu(service: Service, checkpoint: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).to("cuda:0")
+    with closing(InferenceClient(service.address)) as client:
+        with pytest.raises(TandemError) as refused:
+            PolicyWeights(client, lambda: model, transport="nccl").sync()
+    assert refused.value.reason == Reason.TRANSPORT_UNAVAILABLE
+    assert "engine's GPU" in refused.value.message
+
+
+@MODES
+def test_rollouts_go_on_over_updates(service: Service, policy: Any, mode: str) -> None:
+    model, weights = policy(torch.bfloat16, mode)
+    weights.sync()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    request = pb.GenerateRequest(
+        prompts=[pb.Prompt(token_ids=pb.TokenIds(ids=[5 + i, 6, 7])) for i in range(8)],
+        sampling=pb.SamplingParams(max_tokens=200, temperature=1, ignore_eos=True),
+    )
+    rollouts: list[pb.Rollout] = []
+
+    def generate() -> None:
+        for message in service.inference.Generate(request, timeout=120):
+            rollouts.extend(message.rollouts)
+
+    generating = threading.Thread(target=generate)
+    generating.start()
+    while generating.is_alive():
+        step(model, optimizer)
+        weights.sync()
+    generating.join()
+    assert sorted(r.prompt_index for r in rollouts) == list(range(8))
+    versions = [[span.weight_version for span in r.version_spans] for r in rollouts]
+    assert all(len(r.token_ids) == sum(s.num_tokens for s in r.version_spans) == 200 for r in rollouts)
+    assert all(mine == sorted(mine) for mine in versions)
+    assert max(map(len, versions)) > 1, "updates came in the middle"
+    assert digest(service)[1] == digest_of(model, service)
+
+
+STOPS = """
+import sys, time, torch
+from transformers import AutoModelForCausalLM
+from trainer_service.client import InferenceClient
+from trainer_service.weights import PolicyWeights
+from weight_transfer.cuda import nccl
+address, path, mode, where = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).to("cuda:1")
+weights = PolicyWeights(InferenceClient(address), lambda: model, transport="nccl", mode=mode)
+weights.sync()
+def stop(*_):
+    print(where, flush=True)
+    time.sleep(600)
+if where == "joining":
+    weights._session.transport._leave()
+    nccl._core.Communicator = stop
+if where == "ready":
+    nccl.Communicator.broadcast = stop
+if where == "sending":
+    nccl.Communicator.wait = stop
+for parameter in model.parameters():
+    parameter.data.add_(1)
+weights._dirty = False
+weights.sync()
+"""
+
+
+@contextmanager
+def stopped_trainer(service: Service, checkpoint: Path, mode: str, where: str) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", STOPS, service.address, str(checkpoint), mode, where]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=os.environ | ENVIRONMENT
+    ) as trainer:
+        assert trainer.stdout is not None
+        assert where in trainer.stdout.readline()
+        try:
+            yield trainer
+        finally:
+            trainer.kill()
+
+
+def state(service: Service) -> Any:
+    return service.weights.GetWeightVersion(weights_pb2.GetWeightVersionRequest(), timeout=10)
+
+
+def until(done: Callable[[], bool], seconds: float) -> float:
+    start = time.monotonic()
+    while not done():
+        assert time.monotonic() - start < seconds
+        time.sleep(0.02)
+    return time.monotonic() - start
+
+
+@MODES
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGSTOP], ids=["kill", "stop"])
+@pytest.mark.parametrize("where", ["joining", "ready", "sending"])
+def test_a_trainer_that_goes_away_leaves_the_old_version_or_nothing(
+    service: Service, policy: Any, checkpoint: Path, mode: str, kind: signal.Signals, where: str
+) -> None:
+    with stopped_trainer(service, checkpoint, mode, where) as trainer:
+        before = state(service).weight_version
+        trainer.send_signal(kind)
+        failed = until(lambda: state(service).state not in (_STAGING, _WRITING), 5)
+        assert failed < 3, "2 s of silence, and what it takes to see that"
+    after = state(service)
+    assert after.weight_version == before
+    torn = mode == "in_place" and where != "joining"
+    assert after.state == (weights_pb2.WEIGHT_STATE_TORN if torn else weights_pb2.WEIGHT_STATE_COMMITTED)
+    assert service.health() == ("NOT_SERVING" if torn else "SERVING")
+    model, weights = policy(torch.bfloat16, mode)
+    weights.sync()  # heals, with a communicator of its own, and without a restart of anything
+    service.wait_until("SERVING", 10)
+    assert digest(service)[1] == digest_of(model, service)
+
+
+_STAGING, _WRITING = weights_pb2.WEIGHT_STATE_STAGING, weights_pb2.WEIGHT_STATE_WRITING
+
+
+@MODES
+def test_an_engine_that_stands_still_is_given_up_and_comes_back(service: Service, policy: Any, mode: str) -> None:
+    model, weights = policy(torch.bfloat16, mode)
+    weights.sync()
+    (engine,) = [p for p in service.children() if b"EngineCore" in Path(f"/proc/{p}/cmdline").read_bytes()]
+    os.kill(engine, signal.SIGSTOP)
+    wakes = threading.Timer(4, os.kill, (engine, signal.SIGCONT))
+    wakes.start()
+    try:
+        for parameter in model.parameters():
+            parameter.data.add_(0.01)
+        weights.sync()  # is tried again once it is there
+    finally:
+        wakes.join()
+        os.kill(engine, signal.SIGCONT)
+    assert digest(service)[1] == digest_of(model, service)
+
+
+def test_two_trainers_take_turns(service: Service, policy: Any) -> None:
+    """Each has a session of its own; a communicator is given up when the other joins."""
+    one, first = policy(torch.bfloat16, "staged")
+    first.sync()
+    other, second = policy(torch.bfloat16, "staged")
+    second.sync()
+    with torch.no_grad():
+        next(other.parameters()).add_(1)
+    with pytest.raises(TandemError) as taken:
+        first.sync()
+    assert taken.value.reason == Reason.BASE_VERSION_MISMATCH
+    second.sync()
+    assert digest(service)[1] == digest_of(other, service) != digest_of(one, service)
+
+
+def test_memory_comes_back(service: Service, policy: Any) -> None:
+    """Fifty sessions leave no device memory on either side."""
+    model, weights = policy(torch.bfloat16, "staged")
+    held: list[tuple[int, int]] = []
+    for _ in range(50):
+        weights.sync()
+        weights.detach()
+        torch.cuda.empty_cache()
+        held.append(tuple(sum(torch.cuda.mem_get_info(i)[0:1]) for i in (0, 1)))  # type: ignore[arg-type]
+    for device in (0, 1):
+        assert held[5][device] - held[-1][device] < 64 << 20, held
+    assert digest(service)[1] == digest_of(model, service)
