@@ -21,7 +21,8 @@ from typing import Any, Protocol, TypeVar
 import structlog
 
 from inference_service.arenas import EngineArenas
-from inference_service.engine import Engine, PauseMode
+from inference_service.engine import Engine
+from inference_service.pausing import PauseMode
 from inference_service.rollouts import Rollouts
 from inference_service.transports import CHECKPOINT, Way
 from inference_service.update import Update

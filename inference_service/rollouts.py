@@ -228,6 +228,8 @@ class Rollouts:
             if not ended and not self._engine.dead:
                 # By our own id, which is the only one there is if the caller left while it was being added.
                 await self._engine.llm.abort(request.id)
+            if not self._running:
+                self._engine.quiet()
 
     async def _add(self, request: Request) -> Any:
         lora = request.lora.request if request.lora is not None else None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import structlog
 
-from inference_service.engine import PauseMode
+from inference_service.pausing import PauseMode
 from inference_service.transports import Way, incoming
 from tandem.errors import FailedPrecondition, Reason, TandemError
 
@@ -41,6 +41,9 @@ class Update:
         self._writer = writer
         self._ended = False
         self._stopped_at: float | None = None
+        self._forgotten: asyncio.Future[None] | None = (
+            None  # done when the engine has nothing cached any more
+        )
         self._checked: asyncio.Future[None] | None = None  # from `prepare` on
         self._incoming = incoming(way, policy.arenas, policy.engine)
 
@@ -56,9 +59,12 @@ class Update:
         """Have the engine idle."""
         self._stopped_at = time.perf_counter()
         # A torn engine was stopped when it tore. Stopping it anew, and failing to, would start it.
-        if not self._policy.torn:
+        engine = self._policy.engine
+        if self._policy.torn:
+            self._forgotten = await engine.forget()
+        else:
             on_device = bool(self._policy.arenas.gpus)
-            await self._policy.engine.pause(_UPDATE, self._in_flight, settle=on_device)
+            self._forgotten = await engine.halt(_UPDATE, self._in_flight, settle=on_device)
 
     def start_writing(self) -> None:
         """From here on a failure leaves a mix."""
@@ -165,6 +171,8 @@ class Update:
             self.start_writing()
         await self._incoming.install()
         await self._reload()
+        if self._forgotten is not None:
+            await asyncio.shield(self._forgotten)
 
     async def _reload(self) -> None:
         if self._incoming.reloads and self._policy.arenas.reloads:
@@ -215,7 +223,7 @@ class Update:
         try:
             # A pause that was given up holds nothing, and the lease must not wait for its turn with the engine.
             if policy.engine.held_by(_UPDATE) and not policy.torn:
-                await policy.engine.resume(_UPDATE)
+                await policy.engine.release(_UPDATE)
         finally:
             if self._stopped_at is not None:
                 policy.last_stopped = time.perf_counter() - self._stopped_at

@@ -57,12 +57,16 @@ class IdleEngine:
     def paused(self) -> bool:
         return bool(self.holders)
 
-    async def pause(
-        self, who: str, mode: str = "keep", clear_cache: bool = True, *, settle: bool = False
-    ) -> None:
+    async def halt(self, who: str, mode: str = "keep", *, settle: bool = False) -> asyncio.Future[None]:
         self.holders.add(who)
+        return await self.forget()
 
-    async def resume(self, who: str) -> None:
+    async def forget(self) -> asyncio.Future[None]:
+        forgotten: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        forgotten.set_result(None)
+        return forgotten
+
+    async def release(self, who: str) -> None:
         self.holders.discard(who)
 
     def held_by(self, who: str) -> bool:

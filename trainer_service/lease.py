@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import queue
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -12,6 +11,7 @@ from tandem import rpc
 from tandem.errors import DeadlineExceeded, Internal, Reason, TandemError
 from tandem.weights.v1 import weights_pb2 as pb
 from tandem.weights.v1.weights_pb2_grpc import WeightServiceStub
+from trainer_service.heart import HEART
 from weight_transfer.transports import Chunk, Piece
 
 _HEARTBEAT = pb.UpdateWeightsRequest(heartbeat=pb.Heartbeat())
@@ -20,9 +20,9 @@ _HEARTBEAT = pb.UpdateWeightsRequest(heartbeat=pb.Heartbeat())
 class Lease:
     """The right to write the engine's weights, from Ready until `commit` or `abort`.
 
-    A thread sends heartbeats meanwhile. The lease is lost when this process dies, when its heartbeats stop,
-    or after `timeout_s`, whatever happens here: an update that its trainer forgot must not stop the engine
-    for ever.
+    A thread, one for all leases of the process, sends heartbeats meanwhile. The lease is lost when this process dies,
+    when its heartbeats stop, or after `timeout_s`, whatever happens here: an update that its trainer forgot must not
+    stop the engine for ever.
     """
 
     def __init__(
@@ -52,17 +52,13 @@ class Lease:
         """
         # Few slots: `send` waits for the network, so that chunks don't pile up here.
         self._outbox: queue.Queue[pb.UpdateWeightsRequest | None] = queue.Queue(maxsize=4)
-        self._over = threading.Event()
         self._answer_timeout_s = answer_timeout_s
         self._answer_by: float | None = None
         self._overdue = False
         self._outbox.put(pb.UpdateWeightsRequest(begin=begin))
         self._call = stub.UpdateWeights(self._messages(), timeout=timeout_s)
-        self._heart = threading.Thread(
-            target=self._beat, args=(heartbeat_s,), name="tandem-lease", daemon=True
-        )
-        self._heart.start()
         try:
+            HEART.add(self, heartbeat_s)
             meanwhile(self)
             self._answer("ready", ready_timeout_s)
         except BaseException:
@@ -156,16 +152,16 @@ class Lease:
             raise Internal(Reason.BUG, f"The service answered {response.WhichOneof('step')}, not {step}.")
         return response
 
-    def _beat(self, heartbeat_s: float) -> None:
-        while not self._over.wait(heartbeat_s):
-            if self._answer_by is not None and time.monotonic() > self._answer_by:
-                self._overdue = True
-                self._call.cancel()
-            with suppress(queue.Full):  # full of chunks: they are signs of life as well
-                self._outbox.put_nowait(_HEARTBEAT)
+    def beat(self) -> None:
+        """Say that this process lives, and give up an answer that is overdue. Waits for nothing."""
+        if self._answer_by is not None and time.monotonic() > self._answer_by:
+            self._overdue = True
+            self._call.cancel()
+        with suppress(queue.Full):  # full of chunks: they are signs of life as well
+            self._outbox.put_nowait(_HEARTBEAT)
 
     def _end(self) -> None:
-        self._over.set()
+        HEART.remove(self)
         with suppress(queue.Full):  # full and unread: the call is over, and so is its reader
             self._outbox.put_nowait(None)
         self._call.cancel()

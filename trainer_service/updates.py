@@ -23,7 +23,8 @@ class UpdateStats:
     """One committed update.
 
     nbytes: moved, as they travel. seconds: spent on it here. stopped: seconds for which generation stood still, the
-    longest of several engines'. changed: elements that it brought anew, where these alone were looked for.
+    longest of several engines'. changed: elements that it brought anew, where these alone were looked for. ready: of
+    `seconds`, those until the service let us write. committed: and those from Commit to its answer.
     """
 
     weight_version: int
@@ -31,6 +32,8 @@ class UpdateStats:
     seconds: float
     stopped: float
     changed: int | None = None
+    ready: float = 0.0
+    committed: float = 0.0
 
 
 def patiently(call: Callable[[], T]) -> T:

@@ -27,7 +27,7 @@ from trainer_service.adapter_session import AdapterSession
 from trainer_service.adapter_tensors import adapter_tensors
 from trainer_service.client import WRITABLE, InferenceClient
 from trainer_service.lease import Lease
-from trainer_service.policy_tensors import policy_tensors
+from trainer_service.policy_tensors import parameter_ids, policy_tensors
 from trainer_service.session import Session
 from trainer_service.steps import Steps
 from trainer_service.updates import ATTEMPTS, UpdateStats, broken_off, patiently, retryable, taken
@@ -84,7 +84,8 @@ class PolicyWeights:
         self._asked = 0  # a commit of this number was asked for, and not answered
         self._held: int | None = None  # digest of what was committed last, where it is known
         self._as_committed = False  # no lease was given since to whom might have written
-        self._spent = 0.0
+        self._spent = self._ready = 0.0
+        self._listed: list[int] = []  # the parameters of the policy that was listed last
         self._steps: Steps | None = None
         self._finalizer: weakref.finalize[[], PolicyWeights] | None = None
         atexit.register(_at_exit, weakref.ref(self))
@@ -212,9 +213,21 @@ class PolicyWeights:
 
     def _policy(self, wanted: Sequence[str]) -> list[SourceTensor]:
         """What updates carry."""
+        model = self._model()
         if self._adapter:
-            return self._led(adapter_tensors(self._model()))
-        return self._led(policy_tensors(self._model(), frozenset(wanted)))
+            return self._led(adapter_tensors(model))
+        self._listed = parameter_ids(model)
+        return self._led(policy_tensors(model, frozenset(wanted)))
+
+    def _stands(self, *, same_parameters: bool = False) -> bool:
+        """Whether all that an update carries is known to be the engine's memory, without listing it anew.
+
+        Parameters that are are held by the transport, so that another one has another identity.
+        """
+        session = self._session
+        if session is None or not session.transport.stands():
+            return False
+        return same_parameters or parameter_ids(self._model()) == self._listed
 
     def _base(self, wanted: Sequence[str]) -> list[SourceTensor]:
         return self._led(policy_tensors(self._model(), frozenset(wanted), merged=False))
@@ -223,7 +236,6 @@ class PolicyWeights:
         self.open()
         session = self._session
         assert session is not None  # noqa: S101  for the type checker
-        policy = self._policy(session.names)
         if not self._dirty and self.aliased:
             # Every step was committed as it was made. What is left to know: does that engine still live, and
             # did anything else write?
@@ -235,9 +247,12 @@ class PolicyWeights:
                 raise taken(session.weight_version, model.weight_version)
             if session.transport.disturbed():
                 self._refuse(self._begin())
-            if session.transport.settled(policy) and model.state != ServingState.SERVING_STATE_TORN:
+            if model.state != ServingState.SERVING_STATE_TORN and (
+                self._stands() or session.transport.settled(self._policy(session.names))
+            ):
                 return None
         started = time.perf_counter()
+        policy = self._policy(session.names)
         lease = self._begin()
         self._move(lease, policy, started)
         return None
@@ -252,10 +267,12 @@ class PolicyWeights:
             number = last if session.transport.digest(policy) == self._held else number
         if self._dirty:
             session.transport.forget()
+        started = time.perf_counter()
         try:
             lease = patiently(lambda: session.begin(number, meanwhile=meanwhile))
         except TransportError as error:
             raise broken_off(error) from error
+        self._ready = time.perf_counter() - started
         self._number, self._asked = number, 0
         return lease
 
@@ -282,6 +299,7 @@ class PolicyWeights:
             if isinstance(error, TransportError):
                 raise broken_off(error) from error
             raise
+        asked = time.perf_counter()
         try:
             version, stopped = lease.commit(moved.digest, meanwhile=session.transport.mark)
         except TandemError as error:
@@ -290,8 +308,9 @@ class PolicyWeights:
         session.weight_version, self._held, self._as_committed = version, moved.digest, True
         self._dirty = False
         self.committed += 1
-        seconds = time.perf_counter() - started
-        self.history.append(UpdateStats(version, moved.nbytes, seconds, stopped, moved.changed))
+        now = time.perf_counter()
+        took = {"seconds": now - started, "stopped": stopped, "ready": self._ready, "committed": now - asked}
+        self.history.append(UpdateStats(version, moved.nbytes, changed=moved.changed, **took))
 
     def _insist(self, attempt: Callable[[], None]) -> None:
         """Make `attempt`, and make it again with an engine that came back or a lease that was lost."""
@@ -359,7 +378,7 @@ class PolicyWeights:
         if self._depth or lease is None or session is None:
             return
         self._lease = None
-        stands = same_parameters and not self._dirty and session.transport.stands()
+        stands = not self._dirty and self._stands(same_parameters=same_parameters)
         policy = [] if stands else self._policy(session.names)
         try:
             self._move(lease, policy, time.perf_counter() - self._spent, wrote=True)

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-from inference_service.engine import PauseMode
 from inference_service.host import Host, ServingState
+from inference_service.pausing import PauseMode
 from tandem.engine.v1 import engine_pb2 as pb
 from tandem.engine.v1 import engine_pb2_grpc
 from tandem.errors import invalid

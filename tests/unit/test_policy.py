@@ -65,7 +65,19 @@ class Engine:
             self.holders.discard(who)
             raise
 
-    async def resume(self, who: str) -> None:
+    async def halt(self, who: str, mode: str = "keep", *, settle: bool = False) -> asyncio.Future[None]:
+        await self.pause(who, mode, settle=settle)
+        return await self.forget()
+
+    async def forget(self) -> asyncio.Future[None]:
+        forgotten: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if error := self.failing.get("forget"):
+            forgotten.set_exception(error)
+        else:
+            forgotten.set_result(None)
+        return forgotten
+
+    async def release(self, who: str) -> None:
         self.holders.discard(who)
         await self.step("resume")
 

@@ -19,6 +19,7 @@ from tandem.weights.v1 import weights_pb2 as pb
 from tests.weight_service import WeightService, network
 from trainer_service import updates as updates_module
 from trainer_service.client import InferenceClient
+from trainer_service.heart import HEART
 from trainer_service.lease import Lease
 from trainer_service.session import Session
 from trainer_service.weights import PolicyWeights
@@ -211,7 +212,7 @@ def test_a_lost_lease_is_made_up_for(engine: Engine, policy: Policy) -> None:
     weights.sync()
 
     def fall_silent() -> None:
-        weights._lease._over.set()  # no heartbeats any more, as of a process that is stopped
+        HEART.remove(weights._lease)  # no heartbeats any more, as of a process that is stopped
         time.sleep(2 * LEASE_S)
         assert engine.state == "TORN"
 
