@@ -118,7 +118,7 @@ class Policy:
         or a partial one does not, and is refused there.
 
         Raises:
-            InvalidArgument: `new_version`. Aborted: LEASE_HELD; LEASE_LOST, as `Incoming.open` says. FailedPrecondition:
+            InvalidArgument: `new_version`. Aborted: LEASE_HELD; LEASE_LOST, as `Incoming.open`. FailedPrecondition:
             BASE_VERSION_MISMATCH. Unavailable: ENGINE_DEAD, and ENGINE_TORN for an update that does not heal.
         """
         if self._update is not None:
