@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from weight_transfer.arena import Arena
-from weight_transfer.cuda.nccl import Communicator
+from weight_transfer.cuda import nccl
 from weight_transfer.digest import combine, finish
 from weight_transfer.reading import Reading
 from weight_transfer.transports.nccl import ENGINE, RANKS, TRAINER
@@ -43,18 +43,18 @@ class Receiving:
         self._windows = windows(held.placements)
         self._live: _Place | None = None
         self._stage: _Place | None = None
-        self._communicator: Communicator | None = None
+        self._communicator: nccl.Communicator | None = None
 
     def join(self, id: bytes, *, staged: bool) -> dict[str, Any]:
         """Join the communicator of that id, and have memory for what will come. Without an id the last one is kept.
 
         Raises:
-            RuntimeError: there is none, NCCL's words, or too little memory. TimeoutError: the trainer did not join.
+            RuntimeError: there is none, or too little memory. NcclError: among others, the trainer did not join.
         """
         if id:
             self.leave()
             device = self._held.arenas[0].device
-            self._communicator = Communicator(id, ENGINE, RANKS, device, self._pulse)
+            self._communicator = nccl.Communicator(id, ENGINE, RANKS, device, self._pulse)
         if self._communicator is None:
             raise RuntimeError("the last update's communicator was given up")
         self._place(staged)
@@ -65,11 +65,10 @@ class Receiving:
         communicator, place = self._communicator, self._place(staged)
         if communicator is None:
             raise RuntimeError("the last update's communicator was given up")
-        stream = torch.cuda.current_stream(communicator.device)
         events = [communicator.broadcast(spans, TRAINER, self._pulse) for spans in place.spans]
         begun = []
         for event, reading in zip(events, place.readings, strict=True):
-            stream.wait_event(event)
+            communicator.follow(event)
             begun.append(reading.later())
         for event in events:
             communicator.wait(event, _PATIENCE_S)
@@ -91,7 +90,8 @@ class Receiving:
                     for arenas in (self._held.arenas, stage.arenas)
                 )
                 target.copy_(source)
-        torch.cuda.current_stream(self._held.arenas[0].device).synchronize()
+        if (device := self._held.arenas[0].device).type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
         return {}
 
     def leave(self) -> None:

@@ -9,9 +9,8 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from inference_service.receiving import Receiving
+from weight_transfer.cuda.nccl import own_stream
 
 if TYPE_CHECKING:
     from inference_service.loader import HeldWeights
@@ -41,8 +40,7 @@ class WorkerLink:
 
     def _run(self) -> None:
         try:
-            stream: torch.cuda.Stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-            with torch.cuda.device(self._device), torch.cuda.stream(stream):
+            with own_stream(self._device):
                 while True:
                     self._carry_out(self._next())
         except OSError:

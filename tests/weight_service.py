@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from inference_service.arenas import HostArenas
+from inference_service.arenas import EngineArenas, HostArenas
 from inference_service.host import Host
 from inference_service.launch import ModelInfo
 from inference_service.policy import Policy
@@ -35,6 +35,9 @@ from weight_transfer.placement import Block, Placement, contiguous_strides
 
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["tests.weight_service"])
+
+
+EngineOf = Callable[[nn.Module], tuple[Any, EngineArenas]]
 
 
 def network(dtype: torch.dtype = torch.bfloat16) -> nn.Module:
@@ -93,14 +96,21 @@ def engine_arenas(model: nn.Module) -> HostArenas:
     return HostArenas([Arena.create("engine", offset)], placements)
 
 
+def idle(model: nn.Module) -> tuple[IdleEngine, EngineArenas]:
+    """An engine for `model`, and its arenas."""
+    arenas = engine_arenas(model)
+    return IdleEngine(arenas), arenas
+
+
 async def serve(
     address: str,
     lease_timeout_s: float,
     model: Callable[[], nn.Module] = network,
     max_chunk_bytes: int = 1 << 12,
+    engine_of: EngineOf = idle,
 ) -> None:
-    arenas = engine_arenas(model())
-    policy = Policy(IdleEngine(arenas), arenas)  # type: ignore[arg-type]
+    engine, arenas = engine_of(model())
+    policy = Policy(engine, arenas)  # type: ignore[arg-type]
     sessions = Sessions(arenas)
     await sessions.start()
     host = Host()
@@ -121,8 +131,8 @@ async def serve(
     await serving.wait()
 
 
-def _main(address: str, lease_timeout_s: float, model: Callable[[], nn.Module]) -> None:
-    asyncio.run(serve(address, lease_timeout_s, model))
+def _main(address: str, lease_timeout_s: float, model: Callable[[], nn.Module], engine_of: EngineOf) -> None:
+    asyncio.run(serve(address, lease_timeout_s, model, engine_of=engine_of))
 
 
 class WeightService:
@@ -130,10 +140,14 @@ class WeightService:
     own."""
 
     def __init__(
-        self, address: str, lease_timeout_s: float, model: Callable[[], nn.Module] = network
+        self,
+        address: str,
+        lease_timeout_s: float,
+        model: Callable[[], nn.Module] = network,
+        engine_of: EngineOf = idle,
     ) -> None:
         self.address = address
-        self._of = (address, lease_timeout_s, model)
+        self._of = (address, lease_timeout_s, model, engine_of)
         self._process: Any = None
 
     def start(self) -> None:

@@ -6,7 +6,8 @@ import functools
 import importlib.util
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
@@ -23,6 +24,10 @@ _POLL_S = 5e-5
 _ABORT_S = 5.0
 
 Span = tuple[int, int]
+
+
+class NcclError(RuntimeError):
+    """The communicator failed, in NCCL's words, or the other side did not come in time."""
 
 
 @functools.cache
@@ -53,10 +58,33 @@ def _paths() -> list[str]:
 
 
 def unique_id() -> bytes:
-    """What both sides need to join one communicator. Whoever makes it listens until they have."""
+    """What both sides need to join one communicator. Whoever makes it listens until they have. Raises NcclError."""
     if not version():
-        raise RuntimeError("there is no NCCL here")
-    return _core.nccl_unique_id()
+        raise NcclError("there is no NCCL here")
+    with _told():
+        return _core.nccl_unique_id()
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise NcclError(str(error)) from error
+
+
+@contextmanager
+def own_stream(device: torch.device) -> Iterator[None]:
+    """A device, and a stream that waits for no other of it, are the current ones; nothing happens in host memory."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device), torch.cuda.stream(_stream(device)):
+        yield
+
+
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 class Communicator:
@@ -75,15 +103,16 @@ class Communicator:
         """Join. `check` is called meanwhile, and may raise.
 
         Raises:
-            RuntimeError: NCCL's words. TimeoutError: the others did not join within `join_s` seconds.
+            NcclError: among others, the others did not join within `join_s` seconds.
         """
         if not version():
-            raise RuntimeError("there is no NCCL here")
+            raise NcclError("there is no NCCL here")
         self.device = device
-        self.stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.stream = _stream(device)
         self._check = check
         with torch.cuda.device(device):
-            self._core = _core.Communicator(id, rank, size)
+            with _told():
+                self._core = _core.Communicator(id, rank, size)
         self._until(self._core.ready, join_s, "the other side did not join")
 
     def broadcast(
@@ -99,24 +128,37 @@ class Communicator:
             An event that is reached when they are there; wait for it with `wait`.
 
         Raises:
-            RuntimeError: NCCL's words. TimeoutError: the other side did not connect. What `check` raises, which is
-                called while anything is waited for, here and in `wait`.
+            NcclError. What `check` raises, which is called while anything is waited for, here and in `wait`.
         """
         self._check = check
         if after is not None:
             self.stream.wait_event(after)
         with torch.cuda.device(self.device):
-            self._core.broadcast(spans, root, self.stream.cuda_stream)
+            with _told():
+                self._core.broadcast(spans, root, self.stream.cuda_stream)
         # Connections are made at the first call, in a thread of NCCL's, for which the other side is needed.
         self._until(self._core.ready, JOIN_S, "the other side did not connect")
         reached: torch.cuda.Event = self.stream.record_event()
         return reached
 
+    def mark(self) -> torch.cuda.Event:
+        """An event that is reached when the current stream has done what it has to do so far."""
+        marked: torch.cuda.Event = torch.cuda.current_stream(self.device).record_event()
+        return marked
+
+    def follow(self, event: torch.cuda.Event) -> None:
+        """Have the current stream do what comes after the event."""
+        torch.cuda.current_stream(self.device).wait_event(event)
+
+    def beside(self) -> AbstractContextManager[None]:
+        """Have a stream of this rank's be the current one, for what is to be done while bytes travel."""
+        return own_stream(self.device)
+
     def wait(self, event: torch.cuda.Event, seconds: float = STALL_S) -> None:
         """Wait until an event of `broadcast` is reached.
 
         Raises:
-            TimeoutError: it is not within `seconds`. RuntimeError: NCCL's words. What `check` raises.
+            NcclError: among others, it is not within `seconds`. What `check` raises.
         """
 
         def done() -> bool:
@@ -135,10 +177,13 @@ class Communicator:
     def _until(self, done: Callable[[], bool], seconds: float, late: str) -> None:
         end = time.monotonic() + seconds
         try:
-            while not done():
+            while True:
+                with _told():
+                    if done():
+                        return
                 self._check()
                 if time.monotonic() > end:
-                    raise TimeoutError(f"{late} within {seconds:g} s")
+                    raise NcclError(f"{late} within {seconds:g} s")
                 time.sleep(_POLL_S)
         except BaseException:
             self.abort()

@@ -134,7 +134,11 @@ class WeightTransport(ABC):
         return
 
     def invitation(self) -> bytes:
-        """What the next update's begin must carry, so that the engine can `join`; b"" where there is no need."""
+        """What the next update's begin must carry, so that the engine can `join`; b"" where there is no need.
+
+        Raises:
+            TransportError: there is no way to meet.
+        """
         return b""
 
     def join(self, alive: Callable[[], None]) -> None:

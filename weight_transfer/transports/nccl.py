@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from weight_transfer import digest as digests
+from weight_transfer.cuda import nccl
 from weight_transfer.cuda.devices import require_kernels
-from weight_transfer.cuda.nccl import Communicator, unique_id
 from weight_transfer.manifest import Manifest
 from weight_transfer.placement import Placement, check
 from weight_transfer.transports.base import (
@@ -56,7 +56,7 @@ class NcclTransport(WeightTransport):
         self._sizes = list(arena_sizes)
         self._device = device
         self._outgoing: Outgoing | None = None
-        self._communicator: Communicator | None = None
+        self._communicator: nccl.Communicator | None = None
         self._id = b""
         self._unsettled = False  # an update began, and was not committed
         self._alive: Callable[[], None] = lambda: None
@@ -64,19 +64,24 @@ class NcclTransport(WeightTransport):
     @classmethod
     def connect(cls, handshake: Handshake) -> NcclTransport:
         """What the service said, checked. Errors are those of `open_transport`."""
-        require_kernels()
+        device = torch.device(handshake.device)
+        if device.type == "cuda":
+            require_kernels()
         check(handshake.placements, handshake.arena_sizes)
         return cls(
             handshake.manifest,
             handshake.placements,
             handshake.arena_sizes,
             handshake.window_bytes,
-            torch.device(handshake.device),
+            device,
         )
 
     def invitation(self) -> bytes:
         if self._communicator is None:
-            self._id = unique_id()
+            try:
+                self._id = nccl.unique_id()
+            except nccl.NcclError as error:
+                raise TransportError(f"NCCL: {error}") from error
             return self._id
         return b""
 
@@ -85,8 +90,8 @@ class NcclTransport(WeightTransport):
         if self._communicator is not None:
             return
         try:
-            self._communicator = Communicator(self._id, TRAINER, RANKS, self._device, alive)
-        except (RuntimeError, TimeoutError) as error:
+            self._communicator = nccl.Communicator(self._id, TRAINER, RANKS, self._device, alive)
+        except nccl.NcclError as error:
             raise TransportError(f"NCCL: {error}") from error
 
     def mark(self) -> None:
@@ -108,9 +113,8 @@ class NcclTransport(WeightTransport):
         self._outgoing = outgoing
         self.touched = True
         try:
-            with torch.cuda.device(self._device):
-                parts = outgoing.send(by_index, communicator, self._alive)
-        except (RuntimeError, TimeoutError) as error:
+            parts = outgoing.send(by_index, communicator, self._alive)
+        except nccl.NcclError as error:
             self._leave()
             raise TransportError(f"NCCL: {error}") from error
         return Moved(sum(window.nbytes for window in self._windows), digests.combine(parts))

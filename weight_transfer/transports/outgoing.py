@@ -37,7 +37,6 @@ class Outgoing(ABC):
         self._manifest = manifest
         self._placements = list(placements)
         self._windows = list(windows)
-        self._device = device
 
     @abstractmethod
     def send(
@@ -74,20 +73,19 @@ class Mirror(Outgoing):
         self._spans = [_spans(window.runs, [arena.address for arena in arenas]) for window in windows]
         self._memory = SharedTransport(manifest, placements, arenas)
         self._reading = Reading(placements, arenas)
-        self._side: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def send(
         self, policy: Mapping[int, SourceTensor], communicator: Communicator, alive: Callable[[], None]
     ) -> list[int]:
         self._memory.move(list(policy.values()), _nothing_travels)
-        written = torch.cuda.current_stream(self._device).record_event()
+        written = communicator.mark()
         events = [communicator.broadcast(spans, _TRAINER, alive, written) for spans in self._spans]
-        with torch.cuda.stream(self._side):
-            self._side.wait_event(written)
+        with communicator.beside():
+            communicator.follow(written)
             found = self._reading.later()
-        for event in events:
-            communicator.wait(event)
-        return found()
+            for event in events:
+                communicator.wait(event)
+            return found()
 
     def close(self) -> None:
         self._memory.close()
@@ -127,8 +125,7 @@ class Buckets(Outgoing):
             items = [(place, policy[i].read().detach()) for i, place in places]
             for (i, _), digest in zip(places, write(items, [self._buckets[k % 2]]), strict=True):
                 parts[i] = digest
-            written = torch.cuda.current_stream(self._device).record_event()
-            events.append(communicator.broadcast(spans, _TRAINER, alive, written))
+            events.append(communicator.broadcast(spans, _TRAINER, alive, communicator.mark()))
         for event in events[-2:]:
             communicator.wait(event)
         return parts

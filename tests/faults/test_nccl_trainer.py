@@ -1,0 +1,279 @@
+"""Updates by NCCL, without a GPU: everything but NCCL itself is real, over gRPC between processes.
+
+tests/gpu/test_nccl.py has the same promises between two GPUs.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tandem import rpc
+from tandem.errors import DataLoss, FailedPrecondition, Reason, TandemError
+from tandem.weights.v1 import weights_pb2 as pb
+from tests import host_nccl
+from tests.weight_service import WeightService, _processes, network
+from trainer_service.client import InferenceClient
+from trainer_service.weights import PolicyWeights
+from weight_transfer.transports.base import digest_of
+from weight_transfer.transports.nccl import NcclTransport
+
+LEASE_S = 0.6
+MODES = pytest.mark.parametrize("mode", ["in_place", "staged"])
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["mirror", "buckets"])
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[WeightService]:
+    service = WeightService(f"unix://{tmp_path}/s", LEASE_S, engine_of=host_nccl.on_a_gpu)
+    service.start()
+    yield service
+    service.kill()
+
+
+@pytest.fixture
+def client(service: WeightService) -> Iterator[InferenceClient]:
+    with closing(InferenceClient(service.address)) as client, host_nccl.instead_of_nccl():
+        client.wait_until_serving(20)
+        yield client
+
+
+@pytest.fixture
+def trainer(client: InferenceClient) -> Iterator[Callable[..., tuple[nn.Module, PolicyWeights]]]:
+    made: list[PolicyWeights] = []
+
+    def make(mode: str = "", dtype: torch.dtype = torch.bfloat16) -> tuple[nn.Module, PolicyWeights]:
+        model = network(dtype)
+        made.append(PolicyWeights(client, lambda: model, transport="nccl", mode=mode, timeout_s=20))
+        return model, made[-1]
+
+    yield make
+    for weights in made:
+        weights.detach()
+
+
+def now(client: InferenceClient, *, digest: bool = False) -> Any:
+    with rpc.translated():
+        return client.weights.GetWeightVersion(pb.GetWeightVersionRequest(include_digest=digest), timeout=10)
+
+
+def holds(client: InferenceClient, weights: PolicyWeights) -> bool:
+    """Whether the engine has the trainer's policy, bit for bit, as the version that it was told."""
+    session = weights._session
+    assert session is not None
+    answer = now(client, digest=True)
+    assert answer.state == pb.WEIGHT_STATE_COMMITTED
+    assert answer.weight_version == weights.weight_version
+    return bool(answer.digest == digest_of(session.carried, weights._policy(session.names)))
+
+
+def write(model: nn.Module, seed: int) -> None:
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+
+
+@MODES
+@DTYPES
+def test_each_update_is_the_trainers_to_the_bit(
+    client: InferenceClient, trainer: Any, mode: str, dtype: torch.dtype
+) -> None:
+    model, weights = trainer(mode, dtype)
+    for seed in range(4):
+        write(model, seed)
+        weights.sync()
+        assert (weights.transport, weights.aliased) == ("nccl", False)
+        assert weights.bytes_moved == 2 * sum(parameter.numel() for parameter in model.parameters())
+        assert holds(client, weights)
+    assert [update.weight_version for update in weights.history] == [2, 3, 4, 5]
+
+
+def test_one_communicator_serves_all_updates(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[bytes] = []
+    monkeypatch.setattr(host_nccl.nccl, "unique_id", lambda: made.append(host_nccl.unique_id()) or made[-1])
+    _, weights = trainer()
+    for _ in range(3):
+        weights.sync()
+    assert len(made) == 1
+
+
+def test_parameters_that_became_the_mirror_are_the_trainers_own_again(trainer: Any) -> None:
+    model, weights = trainer()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    own = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    weights.sync()
+    assert all(parameter.data_ptr() != own[name] for name, parameter in model.named_parameters())
+    weights.detach()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_the_service_chooses_by_what_both_have(client: InferenceClient) -> None:
+    weights = PolicyWeights(client, network)
+    weights.open()
+    assert weights.transport == "nccl"
+    weights.detach()
+    host_nccl.nccl.version = lambda: 0  # the fixture puts it back
+    weights.open()
+    assert weights.transport == "stream"
+    weights.detach()
+    asked = PolicyWeights(client, network, transport="nccl")
+    with pytest.raises(FailedPrecondition, match="the trainer has no NCCL") as refused:
+        asked.open()
+    assert refused.value.reason == Reason.TRANSPORT_UNAVAILABLE
+
+
+@MODES
+def test_bytes_that_change_on_the_way_are_noticed(client: InferenceClient, trainer: Any, mode: str) -> None:
+    model, weights = trainer(mode)
+    weights.sync()
+    before = now(client, digest=True)
+    broadcast = host_nccl.HostCommunicator.broadcast
+
+    def spoilt(self: Any, spans: Any, root: int, *more: Any) -> None:
+        (address, _), *_ = spans
+        byte = (host_nccl.ctypes.c_ubyte * 1).from_address(address)
+        byte[0] ^= 1
+        try:
+            broadcast(self, spans, root, *more)
+        finally:
+            byte[0] ^= 1
+
+    host_nccl.HostCommunicator.broadcast = spoilt  # type: ignore[method-assign]
+    try:
+        write(model, 1)
+        with pytest.raises(DataLoss) as lost:
+            weights.sync()
+    finally:
+        host_nccl.HostCommunicator.broadcast = broadcast  # type: ignore[method-assign]
+    assert lost.value.reason == Reason.DIGEST_MISMATCH
+    after = now(client)
+    assert after.weight_version == before.weight_version
+    if mode == "staged":
+        assert now(client, digest=True).digest == before.digest
+    else:
+        assert after.state == pb.WEIGHT_STATE_TORN
+    weights.sync()
+    assert holds(client, weights)
+
+
+def test_two_trainers_take_turns(client: InferenceClient, trainer: Any) -> None:
+    _, first = trainer()
+    first.sync()
+    model, second = trainer()
+    write(model, 3)
+    second.sync()
+    with pytest.raises(FailedPrecondition) as taken:
+        first.sync()
+    assert taken.value.reason == Reason.BASE_VERSION_MISMATCH
+    second.sync()
+    assert holds(client, second)
+
+
+@pytest.mark.parametrize(
+    ("field", "begin"),
+    [
+        ("begin.nccl_id", {"nccl_id": b"short"}),
+        ("begin.partial", {"partial": True}),
+    ],
+)
+def test_a_begin_that_does_not_fit_changes_nothing(
+    client: InferenceClient, trainer: Any, field: str, begin: dict[str, Any]
+) -> None:
+    _, weights = trainer()
+    weights.sync()
+    assert weights._session is not None
+    asked = pb.BeginUpdate(session_id=weights._session.id, base_version=2, **begin)
+    with pytest.raises(TandemError, match=field), rpc.translated():
+        list(client.weights.UpdateWeights(iter([pb.UpdateWeightsRequest(begin=asked)]), timeout=10))
+    assert now(client).state == pb.WEIGHT_STATE_COMMITTED
+    weights.sync()
+
+
+def _dies(address: str, mode: str, where: str, reached: Connection) -> None:
+    def stop(*_: Any) -> None:
+        reached.send(where)
+        time.sleep(60)
+
+    model = network()
+    with host_nccl.instead_of_nccl():
+        weights = PolicyWeights(InferenceClient(address), lambda: model, transport="nccl", mode=mode)
+        weights.sync()
+        write(model, 7)
+        session = weights._session
+        assert session is not None
+        assert isinstance(session.transport, NcclTransport)
+        if where == "joining":
+            session.transport._leave()
+            host_nccl.HostCommunicator.__init__ = stop  # type: ignore[assignment,method-assign]
+        elif where == "before any byte":
+            host_nccl.sending = lambda window: stop()
+        else:
+            host_nccl.sending = lambda window: stop() if window % 2 else None
+        weights.sync()
+
+
+@MODES
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGSTOP], ids=["kill", "stop"])
+@pytest.mark.parametrize("where", ["joining", "before any byte", "between two windows"])
+def test_a_trainer_that_goes_away_leaves_the_old_version_or_nothing(
+    service: WeightService, client: InferenceClient, trainer: Any, mode: str, kind: signal.Signals, where: str
+) -> None:
+    here, there = _processes.Pipe()
+    dying = _processes.Process(target=_dies, args=(service.address, mode, where, there))
+    dying.start()
+    assert dying.pid is not None
+    try:
+        assert here.poll(30)
+        assert here.recv() == where
+        before = now(client).weight_version
+        os.kill(dying.pid, kind)
+        began = time.monotonic()
+        busy = (pb.WEIGHT_STATE_STAGING, pb.WEIGHT_STATE_WRITING)
+        while (after := now(client)).state in busy:
+            assert time.monotonic() - began < LEASE_S + 2
+            time.sleep(0.02)
+        assert after.weight_version == before == 2
+        torn = mode == "in_place" and where != "joining"
+        assert after.state == (pb.WEIGHT_STATE_TORN if torn else pb.WEIGHT_STATE_COMMITTED)
+        model, weights = trainer(mode)
+        write(model, 9)
+        weights.sync()
+        assert holds(client, weights)
+    finally:
+        dying.kill()
+        dying.join(10)
+
+
+@MODES
+def test_a_service_that_is_killed_and_started_again_gets_everything(
+    service: WeightService, client: InferenceClient, trainer: Any, mode: str
+) -> None:
+    model, weights = trainer(mode)
+    weights.sync()
+    write(model, 4)
+    killed: list[float] = []
+
+    def kill(window: int) -> None:
+        if not killed:
+            killed.append(time.monotonic())
+            service.kill()
+            service.start()
+
+    host_nccl.sending = kill
+    try:
+        weights.sync()
+    finally:
+        host_nccl.sending = lambda window: None
+    assert killed
+    assert holds(client, weights)

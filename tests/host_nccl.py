@@ -1,0 +1,190 @@
+"""What takes NCCL's place in tests without a GPU: two ranks that meet on a Unix socket, and bytes of host memory.
+
+As with NCCL, a rank that joined and then goes away is not noticed by the other: it waits until it is told to stop. All
+that is ours (windows, mirrors, buckets, the line to the worker, deadlines, the policy's states) is the real thing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from inference_service import receiving
+from inference_service.arenas import EngineArenas, Handle
+from inference_service.device_arenas import DeviceArenas
+from inference_service.servicers import weights as servicer
+from inference_service.worker_link import WorkerLink
+from tests.weight_service import IdleEngine, engine_arenas
+from trainer_service import session
+from weight_transfer.cuda import nccl
+from weight_transfer.digest import combine
+from weight_transfer.reading import Reading
+from weight_transfer.windows import windows
+
+ENGINE_GPU = "GPU-engine"
+WINDOW_BYTES = 64
+_POLL_S = 0.001
+
+_for_good = contextlib.ExitStack()
+
+
+def sending(window: int) -> None:
+    """Called by the trainer's rank before it sends each window: for tests to put another in its place."""
+
+
+def unique_id() -> bytes:
+    """The path of a socket that is not there yet."""
+    path = os.path.join(tempfile.mkdtemp(prefix="tdn"), "s")
+    return path.encode().ljust(nccl.ID_BYTES, b"\0")
+
+
+class HostCommunicator:
+    """Rank 0 listens, rank 1 connects."""
+
+    def __init__(
+        self,
+        id: bytes,
+        rank: int,
+        size: int,
+        device: torch.device,
+        check: Callable[[], None],
+        *,
+        join_s: float = nccl.JOIN_S,
+    ) -> None:
+        path = id.rstrip(b"\0").decode()
+        self._rank, self._check = rank, check
+        self._line: socket.socket | None = None
+        self._windows = 0
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+            if rank == 0:
+                listener.bind(path)
+                listener.listen(1)
+                listener.setblocking(False)
+            self._until(lambda: self._meet(listener, path), join_s, "the other side did not join")
+
+    def _meet(self, listener: socket.socket, path: str) -> bool:
+        if self._rank == 0:
+            with contextlib.suppress(BlockingIOError):
+                self._line = listener.accept()[0]
+        else:
+            line = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                line.connect(path)
+                self._line = line
+            except OSError:
+                line.close()
+        if self._line is not None:
+            self._line.setblocking(False)
+        return self._line is not None
+
+    def broadcast(
+        self, spans: Sequence[nccl.Span], root: int, check: Callable[[], None], after: Any = None
+    ) -> None:
+        self._check = check
+        if self._rank == root:
+            sending(self._windows)
+        self._windows += 1
+        for address, nbytes in spans:
+            memory = memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
+            step = functools.partial(self._more, memory, [0], root)
+            self._until(step, nccl.STALL_S, "the other side stopped")
+
+    def _more(self, memory: memoryview, at: list[int], root: int) -> bool:
+        if self._line is None:
+            raise nccl.NcclError("the communicator was aborted")
+        with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
+            if self._rank == root:
+                at[0] += self._line.send(memory[at[0] :])
+            else:
+                at[0] += self._line.recv_into(memory[at[0] :])  # nothing where the other side is gone
+        return at[0] == len(memory)
+
+    def mark(self) -> None:
+        return None
+
+    def follow(self, event: None) -> None:
+        return None
+
+    def beside(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def wait(self, event: None, seconds: float = nccl.STALL_S) -> None:
+        return None
+
+    def abort(self) -> None:
+        if self._line is not None:
+            self._line.close()
+            self._line = None
+
+    def _until(self, done: Callable[[], bool], seconds: float, late: str) -> None:
+        end = time.monotonic() + seconds
+        try:
+            while not done():
+                self._check()
+                if time.monotonic() > end:
+                    raise nccl.NcclError(f"{late} within {seconds:g} s")
+                time.sleep(_POLL_S)
+        except BaseException:
+            self.abort()
+            raise
+
+
+@contextlib.contextmanager
+def instead_of_nccl() -> Iterator[None]:
+    """In this process ranks are those above, and a policy in host memory is on a GPU of its own."""
+    before = {name: getattr(nccl, name) for name in ("Communicator", "unique_id", "version")}
+    device = session._device
+    nccl.Communicator, nccl.unique_id, nccl.version = HostCommunicator, unique_id, lambda: 22800  # type: ignore[assignment,misc]
+    session._device = lambda policy: "cpu"
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(nccl, name, value)
+        session._device = device
+
+
+class NcclEngine(IdleEngine):
+    """An engine whose worker, a thread of this process, has the weights on a GPU of its own, so to say."""
+
+    async def call_workers(self, method: str, *args: Any) -> list[Any]:
+        held = self._held
+        match method:
+            case "tandem_link":
+                WorkerLink(held, *args)  # type: ignore[arg-type]
+                return [None]
+            case "tandem_digest":
+                return [combine(held.reading.digests())]
+        return await super().call_workers(method, *args)
+
+    @property
+    def _held(self) -> Any:
+        held = self.__dict__.get("_its_weights")
+        if held is None:
+            arenas = self._arenas
+            reading = Reading(arenas.placements, arenas.arenas)
+            held = SimpleNamespace(arenas=arenas.arenas, placements=arenas.placements, reading=reading)
+            self.__dict__["_its_weights"] = held
+        return held
+
+
+def on_a_gpu(model: torch.nn.Module) -> tuple[NcclEngine, EngineArenas]:
+    """An engine and its arenas, for a service of a process of its own. Windows are of a few tensors."""
+    _for_good.enter_context(instead_of_nccl())
+    receiving.windows = functools.partial(windows, limit=WINDOW_BYTES)  # type: ignore[assignment]
+    servicer.WINDOW_BYTES = WINDOW_BYTES
+    memory = engine_arenas(model)
+    engine = NcclEngine(memory)
+    handles = [Handle(os.dup(arena.fd), arena.size, ENGINE_GPU) for arena in memory.arenas]
+    free = 1 << 40
+    return engine, DeviceArenas(engine, handles, memory.placements, nccl=22800, free=free)  # type: ignore[arg-type]
