@@ -92,7 +92,8 @@ class TandemWorker:
         """Begin the thread that receives by NCCL, and have it connect to the service's socket at `path`."""
         from inference_service.worker_link import WorkerLink
 
-        WorkerLink(self._tandem_model().tandem, path)
+        before: WorkerLink | None = self.__dict__.get("_tandem_line")
+        self.__dict__["_tandem_line"] = WorkerLink(self._tandem_model().tandem, path, before)
 
     def tandem_adapter_missing(self, modules: list[str]) -> list[str]:
         """Those of `modules` that cannot be adapted here."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import select
 import socket
@@ -26,8 +27,8 @@ class _EndedError(Exception):
 class WorkerLink:
     """Carries out one order after the other. `abort` takes back the one under way, and is not answered."""
 
-    def __init__(self, held: HeldWeights, path: str) -> None:
-        """Connect to the service's socket at `path`, and begin."""
+    def __init__(self, held: HeldWeights, path: str, before: WorkerLink | None = None) -> None:
+        """Connect to the service's socket at `path`, and begin once the link before has ended, as it does by itself."""
         self._line = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._line.settimeout(_CONNECT_S)
         self._line.connect(path)
@@ -36,10 +37,18 @@ class WorkerLink:
         self._beaten = 0.0
         self._receiving = Receiving(held, self._pulse)
         self._device = held.arenas[0].device
-        threading.Thread(target=self._run, name="tandem-link", daemon=True).start()
+        self._before = before
+        self._thread = threading.Thread(target=self._run, name="tandem-link", daemon=True)
+        self._thread.start()
 
     def _run(self) -> None:
         try:
+            # Memory and communicator of the last are given back first: NCCL does not join while it aborts.
+            while self._before is not None and self._before._thread.is_alive():
+                with contextlib.suppress(_EndedError):
+                    self._pulse()
+                self._before._thread.join(_BEAT_S / 2)
+            self._before = None
             with own_stream(self._device):
                 while True:
                     self._carry_out(self._next())
@@ -79,12 +88,13 @@ class WorkerLink:
         return self._orders.pop(0)
 
     def _pulse(self) -> None:
-        """Say that this process is there, and look for an order that takes back what is being done."""
+        """Say that this process is there, and look for an order that takes back what came before it."""
         if time.monotonic() - self._beaten > _BEAT_S:
             self._say({})
         self._hear(0)
-        if any(order["do"] == "abort" for order in self._orders):
-            self._orders = [order for order in self._orders if order["do"] != "abort"]
+        aborts = [i for i, order in enumerate(self._orders) if order["do"] == "abort"]
+        if aborts:
+            del self._orders[: aborts[-1] + 1]
             raise _EndedError
 
     def _hear(self, seconds: float | None) -> None:

@@ -240,10 +240,10 @@ def test_two_trainers_take_turns(service: Service, policy: Any) -> None:
 
 
 def test_memory_comes_back(service: Service, policy: Any) -> None:
-    """Fifty sessions leave no device memory on either side."""
+    """Fifteen sessions leave no device memory on either side."""
     model, weights = policy(torch.bfloat16, "staged")
     held: list[tuple[int, int]] = []
-    for _ in range(50):
+    for _ in range(15):
         weights.sync()
         weights.detach()
         torch.cuda.empty_cache()
