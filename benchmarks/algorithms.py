@@ -17,6 +17,7 @@ import importlib
 import json
 import tempfile
 import time
+import traceback
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,8 @@ ALGORITHMS: dict[str, tuple[str, str, str]] = {
 }
 #: vllm_mode and sleep mode.
 MODES = {"colocate": ("colocate", False), "colocate_sleep": ("colocate", True), "server": ("server", False)}
-TOKENS, BATCH = 32, 16
 CUDA = torch.cuda.is_available()
+TOKENS, BATCH = (32, 16) if CUDA else (8, 4)
 
 
 def main() -> None:
@@ -80,7 +81,11 @@ def main() -> None:
                 run(options.algorithms[0], mode, service, model, Path(folder), 1)
                 say(f"warm: {mode}", started)
             for name, mode in runs:
-                one = run(name, mode, service, model, Path(folder), options.steps)
+                try:
+                    one = run(name, mode, service, model, Path(folder), options.steps)
+                except Exception as error:  # noqa: BLE001  # the others are worth their minutes
+                    traceback.print_exc()
+                    one = {"error": f"{type(error).__name__}: {error}"}
                 say(f"{name} {mode} {json.dumps(one)}", started)
                 found["runs"].setdefault(name, {})[mode] = one | {"commit": found["provenance"]["commit"]}
                 options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -187,34 +192,36 @@ def run(name: str, mode: str, service: Service, path: Path, folder: Path, steps:
         callbacks=[watch],
     )
     first = version(service)
-    trainer.train()
+    try:
+        trainer.train()
+        found = figures(trainer, watch) | {"versions": version(service) - first}
+    finally:
+        trainer.close()
+        with closing(InferenceClient(service.address)) as client:
+            client.wake_up()
+    # Of every step, less what was in use before the run; then from the second step to the last.
+    for kind in before:
+        each = [now[kind] for now in watch.memory]
+        found[f"{kind}_bytes"] = [now - before[kind] for now in each]
+        found[f"{kind}_bytes_grown"] = each[-1] - each[min(1, steps - 1)]
+    del trainer, policy
+    left = memory()
+    return found | {f"{kind}_bytes_left": left[kind] - before[kind] for kind in before}
+
+
+def figures(trainer: Any, watch: Steps) -> dict[str, Any]:
+    """What a run says of itself."""
     history = list(trainer.policy_weights.history)
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    found = {
+    return {
         "transport": trainer.policy_weights.transport,
         "aliased": trainer.policy_weights.aliased,
         "steps": trainer.state.global_step,
-        "versions": version(service) - first,
-        "losses": [entry["loss"] for entry in logs],
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "step_s": percentiles(watch.seconds[1:] or watch.seconds),
         "sync_ms": percentiles([update.seconds * 1e3 for update in history[1:] or history]),
         "bytes_per_sync": max(update.nbytes for update in history[1:] or history),
-        "peak_allocated": torch.cuda.max_memory_allocated() if CUDA else None,
-        # Of every step, less what was in use before the run.
-        "memory": {
-            kind: [now[kind] - before[kind] for now in watch.memory] for kind in ("device", "allocated")
-        },
-        "grown_from_step_2": {
-            kind: watch.memory[-1][kind] - watch.memory[min(1, steps - 1)][kind]
-            for kind in ("device", "allocated")
-        },
+        "peak_allocated_bytes": torch.cuda.max_memory_allocated() if CUDA else None,
     }
-    trainer.close()
-    with closing(InferenceClient(service.address)) as client:
-        client.wake_up()
-    del trainer, policy
-    left = memory()
-    return found | {"left": {kind: left[kind] - before[kind] for kind in ("device", "allocated")}}
 
 
 def different(completion_ids: list[list[int]], **_: Any) -> list[float]:
@@ -236,7 +243,7 @@ def memory() -> dict[str, int]:
         storages = {
             one.untyped_storage().data_ptr(): one.untyped_storage().nbytes()
             for one in gc.get_objects()
-            if isinstance(one, torch.Tensor) and one.layout == torch.strided
+            if issubclass(type(one), torch.Tensor) and one.layout == torch.strided
         }
         return {"device": 0, "allocated": sum(storages.values())}
     torch.cuda.empty_cache()
