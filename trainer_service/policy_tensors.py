@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from tandem.errors import FailedPrecondition, Reason
+from trainer_service.checkpoint_names import checkpoint_names
 from trainer_service.shards import gathered, is_sharded, whole, whole_shape
 from weight_transfer.manifest import TensorSpec
 from weight_transfer.transports import SourceTensor
@@ -50,16 +51,16 @@ def policy_tensors(
     Raises:
         FailedPrecondition: the model is quantized, wrapped by FSDP1, or adapted in a way that cannot be merged.
     """
-    model = unwrap(model)
+    base = base_of(unwrap(model))
     found: dict[str, SourceTensor] = {}
     seen: set[int] = set()
-    for name, source, identity in _walk(base_of(model), "", merged):
-        first = identity not in seen
+    for source, identity in _named(base, list(_walk(base, "", merged))):
+        first, name = identity not in seen, source.name
         if first or name in wanted:
             # A tensor can be a view of one place only: a tied duplicate is written.
             found[name] = source if first else replace(source, parameter=None)
             seen.add(identity)
-    for name, buffer in base_of(model).named_buffers():
+    for name, buffer in base.named_buffers():
         name = clean(name)
         if name in wanted and name not in found:
             found[name] = source_of(name, buffer, None)
@@ -78,6 +79,17 @@ def parameter_ids(model: nn.Module) -> list[int]:
         found.extend(map(id, module._parameters.values()))
         modules.extend(child for child in module._modules.values() if child is not None)
     return found
+
+
+def _named(
+    base: nn.Module, walked: list[tuple[str, SourceTensor, int]]
+) -> Iterator[tuple[SourceTensor, int]]:
+    """What was found, under the checkpoint's names, and the identity of each."""
+    names = checkpoint_names(base, {name: source.spec.shape for name, source, _ in walked})
+    for name, source, identity in walked:
+        if names[name] != name:
+            source = replace(source, spec=replace(source.spec, name=names[name]))
+        yield source, identity
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PrefixTuningConfig, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+)
 
 from tandem.errors import FailedPrecondition
 from trainer_service.policy_tensors import policy_tensors
@@ -52,11 +61,34 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
 def test_names_are_the_checkpoints(architecture: str, tmp_path) -> None:
-    from safetensors.torch import load_file
-
     model = model_of(architecture)
     model.save_pretrained(tmp_path)
     same(values(model), load_file(tmp_path / "model.safetensors"))
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("loaded", [False, True])
+def test_names_are_the_checkpoints_where_the_models_are_others(
+    lora: bool, loaded: bool, tmp_path: Path
+) -> None:
+    """What sees has one tree of names in memory and another in files."""
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+    )
+    text = LlamaConfig(**SMALL)
+    llava = LlavaConfig(vision_config=vision, text_config=text, image_token_index=63)
+    AutoModelForImageTextToText.from_config(llava).save_pretrained(tmp_path)
+    held = load_file(tmp_path / "model.safetensors")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32)
+    assert not held.keys() & dict(model.named_parameters()).keys() - {"lm_head.weight"}
+    if not loaded:  # as a model that was made from its configuration
+        model._weight_conversions = None
+    same(values(get_peft_model(model, LoraConfig(target_modules=["q_proj"])) if lora else model), held)
 
 
 def test_tied_duplicates_only_where_the_engine_has_the_name() -> None:
