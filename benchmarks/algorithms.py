@@ -151,7 +151,7 @@ class Steps(TrainerCallback):
 
 def run(name: str, mode: str, service: Service, path: Path, folder: Path, steps: int) -> dict[str, Any]:
     """One training run."""
-    from datasets import Dataset
+    from datasets import Dataset  # type: ignore[import-untyped]
 
     from trainer_service import trainers
     from trainer_service.client import InferenceClient

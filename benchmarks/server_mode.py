@@ -49,6 +49,7 @@ ENGINE: dict[str, Any] = {
     "cudagraph_capture_sizes": [1, 8, RUNNING],
 }
 START_S = 420.0
+_RAW_BYTES = 4 << 30
 
 
 def main() -> None:
@@ -148,10 +149,11 @@ def trainer(
         torch.cuda.empty_cache()
 
 
-def rounds(weights: PolicyWeights, n: int = WARM_UPS + ROUNDS) -> dict[str, Any]:
+def rounds(weights: PolicyWeights, n: int = WARM_UPS + ROUNDS, gap_s: float = 0.0) -> dict[str, Any]:
     """Milliseconds of one update each, of its parts, and for how long generation was stopped."""
     for _ in range(n):
         weights.sync()
+        time.sleep(gap_s)
     last = list(weights.history)[-(n - WARM_UPS) :]
     parts = {
         "ready": [u.ready for u in last],
@@ -166,7 +168,10 @@ def rounds(weights: PolicyWeights, n: int = WARM_UPS + ROUNDS) -> dict[str, Any]
 
 
 def while_generating(client: InferenceClient, weights: PolicyWeights) -> dict[str, Any]:
-    """Updates back to back while rollouts run: for how long each stops them, and whether all come to their end."""
+    """Updates while rollouts run: for how long each stops them, and whether all come to their end.
+
+    Between two there is time to read anew, by the new version, what each has so far.
+    """
     work = Workload(n_prompts=RUNNING, prompt_tokens=16, new_tokens=250)
     begun, over = threading.Event(), threading.Event()
     rollouts: list[Any] = []
@@ -186,7 +191,7 @@ def while_generating(client: InferenceClient, weights: PolicyWeights) -> dict[st
     begun.wait()
     time.sleep(1)
     try:
-        found = rounds(weights)
+        found = rounds(weights, gap_s=0.2)
     finally:
         over.set()
         generating.join()
@@ -201,8 +206,9 @@ def digest_ms(values: list[torch.Tensor]) -> dict[str, float]:
 
 
 def raw(nbytes: int) -> dict[str, float]:
-    """One broadcast of as many bytes, between two threads of this process."""
-    memory = [torch.empty(nbytes, dtype=torch.uint8, device=torch.device("cuda", i)) for i in range(2)]
+    """As many bytes broadcast between two threads of this process, from and to the same few gigabytes."""
+    pieces = [min(_RAW_BYTES, nbytes - start) for start in range(0, nbytes, _RAW_BYTES)]
+    memory = [torch.empty(pieces[0], dtype=torch.uint8, device=torch.device("cuda", i)) for i in range(2)]
     identity, took = unique_id(), []
     meet = threading.Barrier(2)
 
@@ -213,9 +219,9 @@ def raw(nbytes: int) -> dict[str, float]:
                 torch.cuda.synchronize(i)
                 meet.wait()
                 begin = time.perf_counter()
-                communicator.wait(
-                    communicator.broadcast([(memory[i].data_ptr(), nbytes)], TRAINER_GPU, lambda: None)
-                )
+                for piece in pieces:
+                    sent = communicator.broadcast([(memory[i].data_ptr(), piece)], TRAINER_GPU, lambda: None)
+                communicator.wait(sent)
                 if i == TRAINER_GPU:
                     took.append((time.perf_counter() - begin) * 1e3)
             meet.wait()

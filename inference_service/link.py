@@ -105,9 +105,12 @@ class Link:
         folder = tempfile.mkdtemp(prefix="tandem-")
         try:
             path = str(Path(folder, "link.sock"))
-            async with await asyncio.start_unix_server(connected, path):
+            server = await asyncio.start_unix_server(connected, path)
+            try:
                 await self._engine.call_workers("tandem_link", path)
                 await asyncio.wait_for(came, _CONNECT_S)
+            finally:
+                server.close()  # and no `async with`: from Python 3.12 on that waits for the line's end, too
         except TimeoutError:
             raise _lost("the engine's worker did not connect") from None
         finally:

@@ -70,10 +70,9 @@ class Receiving:
         for event, reading in zip(events, place.readings, strict=True):
             communicator.follow(event)
             begun.append(reading.later())
-        for event in events:
-            communicator.wait(event, _PATIENCE_S)
         parts = [finish(0, 0)] * len(self._held.placements)
-        for window, digests in zip(self._windows, begun, strict=True):
+        for window, event, digests in zip(self._windows, events, begun, strict=True):
+            communicator.wait(event, _PATIENCE_S)
             for i, digest in zip(window.tensors, digests(), strict=True):
                 parts[i] = digest
         return {"digest": f"{combine(parts):016x}"}

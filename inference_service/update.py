@@ -57,7 +57,6 @@ class Update:
 
     async def stop_generation(self) -> None:
         """Have the engine idle."""
-        self._stopped_at = time.perf_counter()
         # A torn engine was stopped when it tore. Stopping it anew, and failing to, would start it.
         engine = self._policy.engine
         if self._policy.torn:
@@ -65,6 +64,8 @@ class Update:
         else:
             on_device = bool(self._policy.arenas.gpus)
             self._forgotten = await engine.halt(_UPDATE, self._in_flight, settle=on_device)
+        # Until now it went on with the step that it was in.
+        self._stopped_at = time.perf_counter()
 
     def start_writing(self) -> None:
         """From here on a failure leaves a mix."""

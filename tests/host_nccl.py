@@ -14,21 +14,26 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import nn
 
 from inference_service import receiving
 from inference_service.arenas import EngineArenas, Handle
 from inference_service.device_arenas import DeviceArenas
 from inference_service.servicers import weights as servicer
 from inference_service.worker_link import WorkerLink
-from tests.weight_service import IdleEngine, engine_arenas
+from tests.weight_service import IdleEngine, engine_arenas, network
 from trainer_service import session
+from trainer_service.client import InferenceClient
+from trainer_service.weights import PolicyWeights
 from weight_transfer.cuda import nccl
 from weight_transfer.digest import combine
 from weight_transfer.reading import Reading
+from weight_transfer.transports.nccl import NcclTransport
 from weight_transfer.windows import windows
 
 ENGINE_GPU = "GPU-engine"
@@ -188,3 +193,41 @@ def on_a_gpu(model: torch.nn.Module) -> tuple[NcclEngine, EngineArenas]:
     handles = [Handle(os.dup(arena.fd), arena.size, ENGINE_GPU) for arena in memory.arenas]
     free = 1 << 40
     return engine, DeviceArenas(engine, handles, memory.placements, nccl=22800, free=free)  # type: ignore[arg-type]
+
+
+def write(model: nn.Module, seed: int) -> None:
+    """Other values, made of `seed`."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+
+
+def dying_trainer(address: str, mode: str, where: str, reached: Connection) -> None:
+    """A trainer that does not go on from `where` in its second update, once it has said so."""
+
+    def stop(*_: Any) -> None:
+        reached.send(where)
+        time.sleep(60)
+
+    model = network()
+    with instead_of_nccl():
+        weights = PolicyWeights(InferenceClient(address), lambda: model, transport="nccl", mode=mode)
+        weights.sync()
+        write(model, 7)
+        session = weights._session
+        assert session is not None
+        assert isinstance(session.transport, NcclTransport)
+        if where == "joining":
+            session.transport._leave()
+            HostCommunicator.__init__ = stop  # type: ignore[assignment,method-assign]
+        elif where == "before any byte":
+            _send_hook(lambda window: stop())
+        else:
+            _send_hook(lambda window: stop() if window % 2 else None)
+        weights.sync()
+
+
+def _send_hook(hook: Callable[[int], None]) -> None:
+    global sending
+    sending = hook

@@ -35,7 +35,7 @@ def checkpoint_names(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) ->
         return names
     tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     known = {id(tensor): name for name, tensor in tensors.items()}
-    for name, tensor in revert_weight_conversion(model, tensors).items():  # type: ignore[no-untyped-call]
+    for name, tensor in revert_weight_conversion(model, tensors).items():
         if id(tensor) in known:
             names[known[id(tensor)]] = name
     return names

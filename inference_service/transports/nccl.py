@@ -48,7 +48,10 @@ class OverNccl(Incoming):
             raise Aborted(
                 Reason.LEASE_LOST, "the session's communicator was given up; begin with a new nccl_id"
             )
-        self._opened, link.joined = True, ""
+        self._opened = True
+        if not asked.id:
+            return
+        link.joined = ""
         await link.answered(link.order("join", id=asked.id.hex(), staged=self._staged))
         link.joined = asked.session
 

@@ -10,7 +10,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,11 @@ from tandem import rpc
 from tandem.errors import DataLoss, FailedPrecondition, Reason, TandemError
 from tandem.weights.v1 import weights_pb2 as pb
 from tests import host_nccl
+from tests.host_nccl import write
 from tests.weight_service import WeightService, _processes, network
 from trainer_service.client import InferenceClient
 from trainer_service.weights import PolicyWeights
 from weight_transfer.transports.base import digest_of
-from weight_transfer.transports.nccl import NcclTransport
 
 LEASE_S = 0.6
 MODES = pytest.mark.parametrize("mode", ["in_place", "staged"])
@@ -75,13 +74,6 @@ def holds(client: InferenceClient, weights: PolicyWeights) -> bool:
     assert answer.state == pb.WEIGHT_STATE_COMMITTED
     assert answer.weight_version == weights.weight_version
     return bool(answer.digest == digest_of(session.carried, weights._policy(session.names)))
-
-
-def write(model: nn.Module, seed: int) -> None:
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter))
 
 
 @MODES
@@ -200,29 +192,6 @@ def test_a_begin_that_does_not_fit_changes_nothing(
     weights.sync()
 
 
-def _dies(address: str, mode: str, where: str, reached: Connection) -> None:
-    def stop(*_: Any) -> None:
-        reached.send(where)
-        time.sleep(60)
-
-    model = network()
-    with host_nccl.instead_of_nccl():
-        weights = PolicyWeights(InferenceClient(address), lambda: model, transport="nccl", mode=mode)
-        weights.sync()
-        write(model, 7)
-        session = weights._session
-        assert session is not None
-        assert isinstance(session.transport, NcclTransport)
-        if where == "joining":
-            session.transport._leave()
-            host_nccl.HostCommunicator.__init__ = stop  # type: ignore[assignment,method-assign]
-        elif where == "before any byte":
-            host_nccl.sending = lambda window: stop()
-        else:
-            host_nccl.sending = lambda window: stop() if window % 2 else None
-        weights.sync()
-
-
 @MODES
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGSTOP], ids=["kill", "stop"])
 @pytest.mark.parametrize("where", ["joining", "before any byte", "between two windows"])
@@ -230,7 +199,7 @@ def test_a_trainer_that_goes_away_leaves_the_old_version_or_nothing(
     service: WeightService, client: InferenceClient, trainer: Any, mode: str, kind: signal.Signals, where: str
 ) -> None:
     here, there = _processes.Pipe()
-    dying = _processes.Process(target=_dies, args=(service.address, mode, where, there))
+    dying = _processes.Process(target=host_nccl.dying_trainer, args=(service.address, mode, where, there))
     dying.start()
     assert dying.pid is not None
     try:

@@ -118,9 +118,9 @@ class WeightTransport(ABC):
         return digest_of(self._manifest, policy)
 
     def stands(self) -> bool:
-        """Whether the last `move` left every tensor in the engine's memory, and they still are there.
+        """Whether the last `move` left every tensor in the engine's memory, or in what is sent, and all are there yet.
 
-        Quicker to tell than `settled`, which looks at the policy as it is now.
+        Then `move` needs no policy. Quicker to tell than `settled`, which looks at the policy as it is now.
         """
         return False
 
@@ -156,7 +156,7 @@ class WeightTransport(ABC):
         """Bring `policy` to the engine, within an update that is ready: without the lease, call `digest`.
 
         Args:
-            policy: all tensors of the manifest, in any order.
+            policy: all tensors of the manifest, in any order; none where the transport `stands`.
             send: puts a piece in the update's stream; blocks while the service is behind.
             digest: whether to digest the policy even where no byte moved.
 

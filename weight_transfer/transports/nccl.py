@@ -76,6 +76,9 @@ class NcclTransport(WeightTransport):
             device,
         )
 
+    def stands(self) -> bool:
+        return self._outgoing is not None and self._outgoing.stands()
+
     def invitation(self) -> bytes:
         if self._communicator is None:
             try:

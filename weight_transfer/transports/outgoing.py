@@ -38,6 +38,10 @@ class Outgoing(ABC):
         self._placements = list(placements)
         self._windows = list(windows)
 
+    def stands(self) -> bool:
+        """Whether every tensor is in this memory by itself, so that `send` needs none of them."""
+        return False
+
     @abstractmethod
     def send(
         self, policy: Mapping[int, SourceTensor], communicator: Communicator, alive: Callable[[], None]
@@ -45,7 +49,7 @@ class Outgoing(ABC):
         """Send all windows, and return when they are there.
 
         Args:
-            policy: each tensor, by its index in the manifest.
+            policy: each tensor, by its index in the manifest; none where all are in this memory.
             alive: raises once the update has ended.
 
         Returns:
@@ -77,7 +81,8 @@ class Mirror(Outgoing):
     def send(
         self, policy: Mapping[int, SourceTensor], communicator: Communicator, alive: Callable[[], None]
     ) -> list[int]:
-        self._memory.move(list(policy.values()), _nothing_travels)
+        if policy:
+            self._memory.move(list(policy.values()), _nothing_travels)
         written = communicator.mark()
         events = [communicator.broadcast(spans, _TRAINER, alive, written) for spans in self._spans]
         with communicator.beside():
@@ -86,6 +91,9 @@ class Mirror(Outgoing):
             for event in events:
                 communicator.wait(event)
             return found()
+
+    def stands(self) -> bool:
+        return self._memory.stands()
 
     def close(self) -> None:
         self._memory.close()
