@@ -1,32 +1,5 @@
 // Cast and scatter, and digest on the way what is written: many pieces at once, each of rows of SOURCE that become rows
-// of TARGET. A thread writes 16 bytes at a time.
-
-struct f16 {
-    unsigned short bits;
-};
-struct bf16 {
-    unsigned short bits;
-};
-
-// Written out, so that no header of CUDA's is needed where this is compiled. As torch casts: to nearest even.
-__device__ __forceinline__ float widen(float v) { return v; }
-__device__ __forceinline__ float widen(bf16 v) { return __uint_as_float(static_cast<unsigned>(v.bits) << 16); }
-__device__ __forceinline__ float widen(f16 v) {
-    float wide;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(v.bits));
-    return wide;
-}
-__device__ __forceinline__ void cast(float v, float& out) { out = v; }
-__device__ __forceinline__ void cast(float v, bf16& out) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.bits) : "f"(v)); }
-__device__ __forceinline__ void cast(float v, f16& out) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(v)); }
-// One dtype on both sides: its bits, NaN's too.
-__device__ __forceinline__ void pass(float v, float& out) { out = v; }
-__device__ __forceinline__ void pass(bf16 v, bf16& out) { out = v; }
-__device__ __forceinline__ void pass(f16 v, f16& out) { out = v; }
-template <typename From, typename To>
-__device__ __forceinline__ void pass(From v, To& out) {
-    cast(widen(v), out);
-}
+// of TARGET. A thread reads or writes 16 bytes at a time, whichever is more.
 
 struct Piece {
     u64 source;         // address of the first element
@@ -41,63 +14,127 @@ struct Piece {
     u64 first_block;
 };
 
-constexpr int LANES = 16 / sizeof(TARGET);
-struct alignas(sizeof(SOURCE) * LANES >= 16 ? 16 : 8) In {
-    SOURCE lane[LANES];
+// What a thread takes at a time: a unit, in registers of 4 bytes.
+constexpr int LANES = 16 / (sizeof(SOURCE) > sizeof(TARGET) ? sizeof(SOURCE) : sizeof(TARGET));
+constexpr int WORDS = LANES * sizeof(TARGET) / 8;
+template <int bytes>
+struct Registers;
+template <>
+struct Registers<16> {
+    typedef uint4 Vector;
+    static __device__ __forceinline__ unsigned get(const uint4& v, int i) {
+        return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+    }
+    static __device__ __forceinline__ void set(uint4& v, int i, unsigned value) {
+        (i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w) = value;
+    }
 };
-struct alignas(16) Out {
-    TARGET lane[LANES];
+template <>
+struct Registers<8> {
+    typedef uint2 Vector;
+    static __device__ __forceinline__ unsigned get(const uint2& v, int i) { return i == 0 ? v.x : v.y; }
+    static __device__ __forceinline__ void set(uint2& v, int i, unsigned value) { (i == 0 ? v.x : v.y) = value; }
+};
+typedef Registers<LANES * sizeof(SOURCE)> Source;
+typedef Registers<LANES * sizeof(TARGET)> Target;
+typedef Source::Vector In;
+typedef Target::Vector Out;
+
+// Two neighbours of a unit, cast.
+template <typename From, typename To>
+struct Two {
+    static __device__ __forceinline__ float wide(const In& in, int lane, float) {
+        return __uint_as_float(Source::get(in, lane));
+    }
+    template <typename Half>
+    static __device__ __forceinline__ float wide(const In& in, int lane, Half half) {
+        return widen(Source::get(in, lane / 2), lane % 2, half);
+    }
+    static __device__ __forceinline__ void put(Out& out, int lane, float low, float high, float) {
+        Target::set(out, lane, __float_as_uint(low));
+        Target::set(out, lane + 1, __float_as_uint(high));
+    }
+    template <typename Half>
+    static __device__ __forceinline__ void put(Out& out, int lane, float low, float high, Half half) {
+        Target::set(out, lane / 2, narrow(low, high, half));
+    }
+    static __device__ __forceinline__ void pass(const In& in, Out& out, int lane) {
+        put(out, lane, wide(in, lane, From()), wide(in, lane + 1, From()), To());
+    }
+};
+// One dtype on both sides: its bits, NaN's too.
+template <typename Same>
+struct Two<Same, Same> {
+    static __device__ __forceinline__ void pass(const In& in, Out& out, int lane) {
+        constexpr int size = sizeof(Same) / 2;  // registers of two lanes
+#pragma unroll
+        for (int i = 0; i < size; ++i) Target::set(out, lane * size / 2 + i, Source::get(in, lane * size / 2 + i));
+    }
 };
 
-// The row of a piece that its element `at` is in.
-__device__ __forceinline__ u64 row_of(const Piece& piece, u64 at) {
-    if (piece.row == piece.numel) return 0;
-    // A division of 64 bits takes as long as all else here.
-    if (piece.numel >> 32 == 0) return static_cast<unsigned>(at) / static_cast<unsigned>(piece.row);
-    return at / piece.row;
-}
-
-struct Group {
-    In in;
-    u64 target;
-    u64 word;
-};
-
-__device__ __forceinline__ Group load(const Piece& piece, u64 at) {
-    const u64 row = row_of(piece, at), column = at - row * piece.row;
-    const SOURCE* source = reinterpret_cast<const SOURCE*>(piece.source);
-    Group group;
-    group.in = *reinterpret_cast<const In*>(source + row * piece.source_stride + column);
-    group.target = row * piece.target_stride + column;
-    group.word = piece.first_word + row * piece.word_stride + column * sizeof(TARGET) / 8;
-    return group;
-}
-
-__device__ __forceinline__ u64 store(const Piece& piece, const Group& group) {
+// Casts a unit, and writes it. `key` is of its first word.
+__device__ __forceinline__ u64 store(const In& in, Out* target, u64 key) {
     Out out;
 #pragma unroll
-    for (int i = 0; i < LANES; ++i) pass(group.in.lane[i], out.lane[i]);
-    *reinterpret_cast<Out*>(reinterpret_cast<TARGET*>(piece.target) + group.target) = out;
-    const ulonglong2 words = *reinterpret_cast<const ulonglong2*>(&out);
-    return mix(words.x, group.word) + mix(words.y, group.word + 1);
+    for (int lane = 0; lane < LANES; lane += 2) Two<SOURCE, TARGET>::pass(in, out, lane);
+    *target = out;
+    u64 sum = 0;
+#pragma unroll
+    for (int i = 0; i < WORDS; ++i) {
+        const u64 word = Target::get(out, 2 * i) | static_cast<u64>(Target::get(out, 2 * i + 1)) << 32;
+        sum += scramble(word ^ (key + i * KEY_STEP));
+    }
+    return sum;
 }
 
 // How many loads a thread has under way before its first store, which the compiler moves no load across.
-constexpr int BATCH = 4;
+constexpr int BATCH = 8;
 
-extern "C" __global__ void __launch_bounds__(256) write(const Piece* pieces, const int* piece_of, u64* sums) {
-    const Piece piece = pieces[piece_of[blockIdx.x]];
-    const u64 begin = (blockIdx.x - piece.first_block) * TILE;
-    const u64 end = begin + TILE < piece.numel ? begin + TILE : piece.numel;
-    const u64 step = blockDim.x * LANES;
-    u64 sum = 0, at = begin + threadIdx.x * LANES;
-    for (; at + (BATCH - 1) * step < end; at += BATCH * step) {
-        Group groups[BATCH];
+// Units `at` to `end` of a piece that is one row. Addresses and keys only ever grow by constants.
+__device__ __forceinline__ u64 write_row(const Piece& piece, unsigned at, unsigned end) {
+    const In* source = reinterpret_cast<const In*>(piece.source);
+    Out* target = reinterpret_cast<Out*>(piece.target);
+    u64 key = (piece.first_word + static_cast<u64>(at) * WORDS + 1) * KEY_STEP;
+    u64 sum = 0;
+    for (; at + (BATCH - 1) * THREADS < end; at += BATCH * THREADS) {
+        In in[BATCH];
 #pragma unroll
-        for (int i = 0; i < BATCH; ++i) groups[i] = load(piece, at + i * step);
+        for (int i = 0; i < BATCH; ++i) in[i] = source[at + i * THREADS];
 #pragma unroll
-        for (int i = 0; i < BATCH; ++i) sum += store(piece, groups[i]);
+        for (int i = 0; i < BATCH; ++i) {
+            sum += store(in[i], target + at + i * THREADS, key);
+            key += THREADS * WORDS * KEY_STEP;
+        }
     }
-    for (; at < end; at += step) sum += store(piece, load(piece, at));
+    for (; at < end; at += THREADS) {
+        sum += store(source[at], target + at, key);
+        key += THREADS * WORDS * KEY_STEP;
+    }
+    return sum;
+}
+
+// The same of one that has several.
+__device__ __forceinline__ u64 write_rows(const Piece& piece, unsigned at, unsigned end) {
+    const unsigned row = piece.row / LANES;
+    const u64 source_stride = piece.source_stride / LANES, target_stride = piece.target_stride / LANES;
+    const In* source = reinterpret_cast<const In*>(piece.source);
+    Out* target = reinterpret_cast<Out*>(piece.target);
+    u64 sum = 0;
+#pragma unroll 4
+    for (; at < end; at += THREADS) {
+        const unsigned y = at / row, x = at - y * row;
+        const u64 word = piece.first_word + y * piece.word_stride + static_cast<u64>(x) * WORDS;
+        sum += store(source[y * source_stride + x], target + y * target_stride + x, (word + 1) * KEY_STEP);
+    }
+    return sum;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 3) write(const Piece* pieces, const int* piece_of, u64* sums) {
+    const Piece piece = pieces[piece_of[blockIdx.x]];
+    const unsigned units = piece.numel / LANES;
+    const unsigned begin = (blockIdx.x - piece.first_block) * (TILE / LANES);
+    const unsigned end = units - begin < TILE / LANES ? units : begin + TILE / LANES;
+    const unsigned at = begin + threadIdx.x;
+    const u64 sum = piece.row == piece.numel ? write_row(piece, at, end) : write_rows(piece, at, end);
     add_up(sum, sums + piece.tensor);
 }

@@ -11,7 +11,7 @@ import torch
 
 from weight_transfer.arena import Arena
 from weight_transfer.cuda import kernels
-from weight_transfer.digest import digest_tensor, finish
+from weight_transfer.digest import digest_tensor, finished
 from weight_transfer.placement import Block, Placement
 
 _TILE = 1 << 15  # elements for one block
@@ -26,7 +26,8 @@ Dtypes = tuple[torch.dtype, torch.dtype]
 def write(items: Sequence[Item], arenas: Sequence[Arena]) -> list[int]:
     """`weight_transfer.write.write` where arenas and tensors are on one CUDA device.
 
-    Pieces that are rows of whole 16 bytes go through one kernel for each pair of dtypes; torch copies what is not.
+    Pieces that are rows of whole units of the kernel's go through one launch for each pair of dtypes; torch copies what is
+    not.
     """
     if not all(tensor.is_contiguous() for _, tensor in items):
         items = [(placement, tensor.contiguous()) for placement, tensor in items]
@@ -34,7 +35,7 @@ def write(items: Sequence[Item], arenas: Sequence[Arena]) -> list[int]:
     totals = torch.zeros(len(items), dtype=torch.int64, device=arenas[0].device)
     for launch in plan.launches:
         launch(totals)
-    found = list(map(finish, totals.tolist(), plan.nbytes))
+    found = finished(totals.cpu().numpy(), plan.nbytes)
     for i in plan.odd:
         placement, tensor = items[i]
         for part, place in placement.pairs(arenas, tensor):
@@ -48,7 +49,7 @@ class _Plan:
 
     def __init__(self, items: Sequence[Item], arenas: Sequence[Arena]) -> None:
         self._placements = [placement for placement, _ in items]  # their ids are in the plan's key
-        self.nbytes = [placement.spec.nbytes for placement, _ in items]
+        self.nbytes = np.array([placement.spec.nbytes for placement, _ in items], np.uint64)
         pieces: dict[Dtypes, list[list[int]]] = {}
         self.odd: list[int] = []
         for i, (placement, tensor) in enumerate(items):
@@ -84,10 +85,10 @@ class _Launch:
 
     def __init__(self, dtypes: Dtypes, rows: Sequence[Sequence[int]], device: torch.device) -> None:
         counts = [-(-row[2] // _TILE) for row in rows]
-        firsts = np.cumsum([0, *counts[:-1]])
+        firsts = np.cumsum([0, *counts[:-1]]).tolist()
         self._blocks = sum(counts)
         self._pieces = kernels.table([[*row, first] for row, first in zip(rows, firsts, strict=True)], device)
-        self._piece_of = torch.from_numpy(np.repeat(np.arange(len(rows), dtype=np.int32), counts)).to(device)
+        self._piece_of = kernels.owners(counts, device)
         source, target = (_NAMES[dtype] for dtype in dtypes)
         self._kernel = kernels.kernel("write", SOURCE=source, TARGET=target, TILE=f"{_TILE}ULL")
 
@@ -101,10 +102,10 @@ def _piece(block: Block, tensor: torch.Tensor, dtypes: Dtypes, arena: int) -> li
         return None
     rows = _rows(block)
     source_size, size = (dtype.itemsize for dtype in dtypes)
-    lanes = 16 // size
+    lanes = 16 // max(source_size, size)
     source = tensor.data_ptr() + block.tensor_offset * source_size
     target = arena + block.arena_offset
-    if rows is None or source % min(16, lanes * source_size) or target % 16:
+    if rows is None or source % (lanes * source_size) or target % (lanes * size):
         return None
     row, source_stride, target_stride = rows
     if any(n % lanes for n in (row, source_stride, target_stride, block.tensor_offset)):

@@ -1,0 +1,180 @@
+"""What the CUDA kernels compute, without a device: their source compiled as C++, each thread of each block in turn.
+
+Warps, shared memory and the casts' instructions have stand-ins here; tests/gpu runs the real ones.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from weight_transfer.arena import Arena
+from weight_transfer.cuda import digest as cuda_digest
+from weight_transfer.cuda import kernels
+from weight_transfer.cuda import write as cuda_write
+from weight_transfer.digest import digest_tensor, digest_tensors, finish, finished
+from weight_transfer.manifest import TensorSpec
+from weight_transfer.placement import Block, Placement, contiguous_strides
+from weight_transfer.write import write
+
+FLOATS = {torch.float32: "float", torch.float16: "f16", torch.bfloat16: "bf16"}
+STAND_INS = """
+#include <bit>
+#include <cstdint>
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(16) ulonglong2 { unsigned long long x, y; };
+struct Dim { unsigned x; };
+static Dim blockIdx, threadIdx;
+inline float __uint_as_float(unsigned v) { return std::bit_cast<float>(v); }
+inline unsigned __float_as_uint(float v) { return std::bit_cast<unsigned>(v); }
+"""
+SUM = "static void add_up(u64 sum, u64* total) { *total += sum; }\n"
+CASTS = """
+struct f16 { unsigned short bits; };
+struct bf16 { unsigned short bits; };
+inline float widen(unsigned both, bool high, bf16) { return __uint_as_float(high ? both & 0xffff0000u : both << 16); }
+inline float widen(unsigned both, bool high, f16) {
+    return float(std::bit_cast<_Float16>((unsigned short)(high ? both >> 16 : both & 0xffff)));
+}
+inline unsigned short half(float v, bf16) {
+    const unsigned bits = __float_as_uint(v);
+    return (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
+}
+inline unsigned short half(float v, f16) { return std::bit_cast<unsigned short>((_Float16)v); }
+template <typename To>
+unsigned narrow(float low, float high, To to) { return half(low, to) | unsigned(half(high, to)) << 16; }
+"""
+RUN = """
+extern "C" void run(unsigned blocks, const void* table, const int* owners, unsigned long long* sums) {
+    for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x)
+        for (threadIdx.x = 0; threadIdx.x < THREADS; ++threadIdx.x)
+            KERNEL((decltype(first(KERNEL)))table, owners, sums);
+}
+"""
+FIRST = "template <typename T> T first(void (*)(T, const int*, u64*));\n"
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ctypes.CDLL]:
+    folder = tmp_path_factory.mktemp("kernels")
+
+    def compiled(name: str, **macros: str) -> ctypes.CDLL:
+        parts = {
+            "digest.cuh": None,
+            "sum.cuh": SUM,
+            "cast.cuh": CASTS,
+            f"{name}.cu": None,
+        }
+        here = Path(kernels.__file__).parent
+        text = [STAND_INS, *(stand_in or (here / file).read_text() for file, stand_in in parts.items())]
+        source = folder / "_".join([name, *map(str, macros.values())])
+        source.with_suffix(".cpp").write_text("\n".join([*text, FIRST, RUN]))
+        flags = [
+            f"-D{macro}={value}" for macro, value in (macros | {"THREADS": "256", "KERNEL": name}).items()
+        ]
+        command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-Wl,-Bsymbolic", "-w", *flags]
+        subprocess.run(
+            [*command, "-o", f"{source}.so", str(source.with_suffix(".cpp"))], check=True, timeout=120
+        )
+        return ctypes.CDLL(f"{source}.so")
+
+    return compiled
+
+
+def run(
+    library: ctypes.CDLL, blocks: int, table: torch.Tensor, owners: torch.Tensor, sums: torch.Tensor
+) -> None:
+    addresses = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (table, owners, sums))
+    library.run(ctypes.c_uint(blocks), *addresses)
+
+
+def host_launch(library: ctypes.CDLL) -> Callable[..., None]:
+    """`kernels.launch`, here."""
+    return lambda _, blocks, device, *tensors: run(library, blocks, *tensors)
+
+
+def test_the_source_is_all_of_the_files() -> None:
+    for name in ("write", "digest"):
+        text = kernels.source(name)
+        assert "#pragma once" not in text
+        assert f" {name}(" in text
+        assert "add_up" in text
+
+
+def test_digests_are_the_hosts(build: Callable[..., ctypes.CDLL], monkeypatch: pytest.MonkeyPatch) -> None:
+    library = build("digest", CHUNK="(1ULL<<17)")
+    monkeypatch.setattr(kernels, "kernel", lambda *_, **__: None)
+    monkeypatch.setattr(kernels, "launch", host_launch(library))
+    raw = torch.randint(0, 256, ((1 << 19) + 64,), dtype=torch.uint8)
+    sizes = [0, 1, 7, 8, 9, 16, 24, 4095, 1 << 17, (1 << 17) + 3, (1 << 19) + 1]
+    tensors = [raw[offset : offset + size] for size in sizes for offset in (0, 1, 8, 16)]
+    found = cuda_digest.Sums(tensors)()
+    nbytes = np.array([tensor.nbytes for tensor in tensors], np.uint64)
+    assert finished(found.numpy(), nbytes) == digest_tensors(tensors)
+
+
+def test_sums_are_finished_alike() -> None:
+    totals = torch.randint(-(2**63), 2**63 - 1, (100,))
+    nbytes = np.arange(100, dtype=np.uint64) * np.uint64(977)
+    each = [finish(total, int(size)) for total, size in zip(totals.tolist(), nbytes, strict=True)]
+    assert finished(totals.numpy(), nbytes) == each
+
+
+def whole(shape: tuple[int, ...], offset: int = 0) -> list[Block]:
+    strides = contiguous_strides(shape)
+    return [Block(0, offset, strides, 0, strides, shape)]
+
+
+LAYOUTS = {
+    "whole": ((512, 96), whole((512, 96), 256)),
+    "a unit": ((8,), whole((8,))),
+    "several blocks and an end": ((9, 8200), whole((9, 8200))),
+    "columns": (
+        (64, 48),
+        [Block(0, 0, (16, 1), 0, (48, 1), (64, 16)), Block(0, 4096, (32, 1), 16, (48, 1), (64, 32))],
+    ),
+    "rows of a wider matrix": ((640, 96), [Block(0, 0, (104, 1), 0, (96, 1), (640, 96))]),
+    "odd": ((33, 7), whole((33, 7))),
+    "empty": ((0, 8), whole((0, 8))),
+}
+
+
+@pytest.mark.parametrize("target", FLOATS, ids=str)
+@pytest.mark.parametrize("source", FLOATS, ids=str)
+def test_writing_is_casting_and_copying(
+    build: Callable[..., ctypes.CDLL],
+    monkeypatch: pytest.MonkeyPatch,
+    source: torch.dtype,
+    target: torch.dtype,
+) -> None:
+    library = build("write", SOURCE=FLOATS[source], TARGET=FLOATS[target], TILE="(1ULL<<15)")
+    monkeypatch.setattr(kernels, "kernel", lambda *_, **__: None)
+    monkeypatch.setattr(kernels, "launch", host_launch(library))
+    torch.manual_seed(0)
+    items, arenas, others = [], [], []
+    for i, (shape, blocks) in enumerate(LAYOUTS.values()):
+        arenas.append(Arena.create("test", 1 << 20))
+        others.append(Arena.create("test", 1 << 20))
+        spec = TensorSpec("t", str(target).removeprefix("torch."), shape)
+        placement = Placement(spec, tuple(Block(i, *list(vars(block).values())[1:]) for block in blocks))
+        value = torch.randn(shape).mul_(100).to(source)
+        if value.numel() > 4:
+            value.view(-1)[:4] = torch.tensor([float("inf"), -0.0, 1e-8, 65505.0])
+        items.append((placement, value))
+    found = cuda_write.write(items, arenas)
+    assert found == [digest_tensor(value.to(target)) for _, value in items]
+    assert found == write(items, others)
+    for mine, theirs in zip(arenas, others, strict=True):  # all of it: nothing else was touched
+        assert torch.equal(*(a.tensor(0, (a.size,), torch.uint8) for a in (mine, theirs)))
+    assert cuda_write.write(items, arenas) == found, "by the plan that the first made"
