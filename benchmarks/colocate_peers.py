@@ -4,6 +4,10 @@ python -m benchmarks.colocate_peers trl MODEL        TRL's colocate mode: an eng
 python -m benchmarks.colocate_peers ipc MODEL        vLLM's own IPC weight transfer, to an engine in another process
 python -m benchmarks.colocate_peers generate MODEL LOADER
                                                      an engine alone, with vLLM's loader (auto) or Tandem's
+python -m benchmarks.colocate_peers grpo MODEL [ADDRESS]
+                                                     steps of GRPO in TRL's colocate mode, or in ours with a service
+
+A process imports what it needs, then waits for a line on standard input before it touches the device.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import importlib
 import importlib.util
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -22,23 +27,118 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.measure import ROUNDS, WARM_UPS, percentiles
 from benchmarks.workload import Workload
 
-#: For all engines alike.
-ENGINE: dict[str, Any] = {"kv_cache_memory_bytes": 4 << 30, "max_model_len": 2048, "max_num_seqs": 256}
+#: For all engines alike. Few sizes of CUDA graphs: capturing those that vLLM would choose takes minutes.
+ENGINE: dict[str, Any] = {
+    "kv_cache_memory_bytes": 4 << 30,
+    "max_model_len": 2048,
+    "max_num_seqs": 256,
+    "max_num_batched_tokens": 4096,
+    "compilation_config": {"cudagraph_capture_sizes": [1, 8, 32, 64, 128, 256]},
+}
 WORK = Workload(n_prompts=256, prompt_tokens=128, new_tokens=128)
+SIZES = {  # hidden, layers, heads, intermediate, tied
+    "0.6B": (1024, 28, 16, 3072, True),
+    "4B": (2560, 36, 32, 9728, True),
+    "8B": (4096, 36, 32, 12288, False),
+}
 _GENERATIONS = 3
 
 
 def main(kind: str, model: str, *more: str) -> dict[str, Any]:
     """Measure one of them."""
+    from benchmarks.colocate_steps import grpo
+
+    kinds: dict[str, Callable[..., dict[str, Any]]] = {
+        "trl": trl,
+        "ipc": ipc,
+        "generate": generate,
+        "grpo": grpo,
+    }
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = (
+        "0"  # an engine in this process: one that imports nothing anew
+    )
+    if kind == "ipc":
+        _have_ray()
+    if not (kind == "grpo" and more):  # the service has the engine then
+        importlib.import_module("vllm")
+        importlib.import_module("trl.generation.vllm_generation")
+    sys.stdin.readline()
     before = used()
-    kinds: dict[str, Callable[..., dict[str, Any]]] = {"trl": trl, "ipc": ipc, "generate": generate}
     found = kinds[kind](model, *more)
     held: int = found.pop("used") - before
     return found | {"held_bytes": held}
+
+
+class Peer:
+    """A process of this module: it starts now, and measures when it is asked what it found."""
+
+    def __init__(self, *arguments: str | Path) -> None:
+        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.colocate_peers", *map(str, arguments)]
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed with this
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env=os.environ | {"VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1"},
+        )
+
+    def found(self, timeout_s: float = 300) -> dict[str, Any]:
+        """What it finds, or how it failed."""
+        try:
+            out, _ = self._process.communicate("go\n", timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.communicate()
+            return {"failed": f"it took more than {timeout_s:.0f} s"}
+        if self._process.returncode:
+            self._log.seek(0)
+            print(self._log.read()[-3000:], file=sys.stderr, flush=True)
+            return {"failed": f"it ended with {self._process.returncode}"}
+        return dict(json.loads(out))
+
+
+def config(size: str) -> Qwen3Config:
+    """A published Qwen3's shape."""
+    hidden, layers, heads, intermediate, tied = SIZES[size]
+    return Qwen3Config(
+        vocab_size=151936,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        head_dim=128,
+        intermediate_size=intermediate,
+        tie_word_embeddings=tied,
+        max_position_embeddings=4096,
+        architectures=["Qwen3ForCausalLM"],
+        dtype="bfloat16",
+    )
+
+
+def on_device(shape: Qwen3Config, dtype: torch.dtype, path: str = "") -> Any:
+    """A policy with random weights, made on the device."""
+    with torch.device("cuda"):
+        policy: Any = Qwen3ForCausalLM._from_config(shape, dtype=dtype)  # type: ignore[no-untyped-call]
+    policy.name_or_path = path
+    return policy
+
+
+def trainers_model(path: str) -> Any:
+    """The policy that the configuration at `path` describes, in bf16."""
+    return on_device(Qwen3Config.from_pretrained(path), torch.bfloat16, path)
+
+
+def engine_for(llm: Any) -> Any:
+    """vLLM's LLM with the settings that all engines have, and weights that nobody reads from a file."""
+    more = {name: ENGINE[name] for name in ("kv_cache_memory_bytes", "compilation_config")}
+    return functools.partial(llm, **more, load_format="dummy")
 
 
 def used() -> int:
@@ -50,12 +150,10 @@ def used() -> int:
 def trl(path: str) -> dict[str, Any]:
     """TRL's own `sync_weights`, a `load_weights` for each tensor; and the same in one call."""
     from accelerate import Accelerator  # type: ignore[import-untyped]
-    from transformers import AutoTokenizer
 
     theirs: Any = importlib.import_module("trl.generation.vllm_generation")
 
-    # Its cache is a part of the device; a number of bytes makes it as large as the others'.
-    theirs.LLM = functools.partial(theirs.LLM, kv_cache_memory_bytes=ENGINE["kv_cache_memory_bytes"])
+    theirs.LLM = engine_for(theirs.LLM)
     policy = trainers_model(path)
     generation = theirs.VLLMGeneration(
         model=policy,
@@ -76,14 +174,21 @@ def trl(path: str) -> dict[str, Any]:
 
 
 def ipc(path: str) -> dict[str, Any]:
-    """Every tensor's CUDA IPC handle in one call, which copies each from there."""
-    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # it pickles the handles
-    _have_ray()
+    """Every tensor's CUDA IPC handle in one call, which copies each from there.
+
+    CUDA opens no handle in the process that made it, so that the engine has one of its own.
+    """
+    os.environ |= {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     from vllm import LLM
     from vllm.config import WeightTransferConfig
 
     module: Any = importlib.import_module("vllm.distributed.weight_transfer.ipc_engine")
-    llm = LLM(path, **ENGINE, weight_transfer_config=WeightTransferConfig(backend="ipc"))
+    llm = LLM(
+        path,
+        **ENGINE,
+        load_format="dummy",
+        weight_transfer_config=WeightTransferConfig(backend="ipc"),
+    )
     llm.init_weight_transfer_engine({"init_info": {}})
     policy = trainers_model(path)
 
@@ -130,14 +235,6 @@ def generate(path: str, loader: str) -> dict[str, Any]:
         WORK.check(sum(len(output.outputs[0].token_ids) for output in outputs))
         rates.append(WORK.tokens / seconds)
     return {"tokens_per_s": percentiles(rates[1:]), "used": used()}
-
-
-def trainers_model(path: str) -> Any:
-    """The policy in bf16 on the device."""
-    from transformers import AutoModelForCausalLM
-
-    policy: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
-    return policy.to("cuda")
 
 
 def timed(call: Callable[[], Any]) -> dict[str, float]:

@@ -43,7 +43,8 @@ def finished(totals: np.ndarray[Any, Any], nbytes: np.ndarray[Any, Any]) -> list
     x = (totals.view(np.uint64) ^ nbytes) ^ np.uint64(_KEY_STEP)
     for shift, factor in ((27, 0x3C79AC492BA7B653), (33, 0x1C69B3F74AC4AE35)):
         x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
-    return (x ^ (x >> np.uint64(27))).tolist()
+    found: list[int] = (x ^ (x >> np.uint64(27))).tolist()
+    return found
 
 
 def digest_regions(regions: Sequence[tuple[int, int]], *, threads: int = 0) -> list[int]:

@@ -26,8 +26,8 @@ Dtypes = tuple[torch.dtype, torch.dtype]
 def write(items: Sequence[Item], arenas: Sequence[Arena]) -> list[int]:
     """`weight_transfer.write.write` where arenas and tensors are on one CUDA device.
 
-    Pieces that are rows of whole units of the kernel's go through one launch for each pair of dtypes; torch copies what is
-    not.
+    Pieces that are rows of whole units of the kernel's go through one launch for each pair of dtypes; torch copies
+    what is not.
     """
     if not all(tensor.is_contiguous() for _, tensor in items):
         items = [(placement, tensor.contiguous()) for placement, tensor in items]
