@@ -59,14 +59,16 @@ def main(kind: str, model: str, *more: str) -> dict[str, Any]:
         "generate": generate,
         "grpo": grpo,
     }
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = (
-        "0"  # an engine in this process: one that imports nothing anew
-    )
+    # An engine in this process: one of its own would import everything anew.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if kind == "ipc":
         _have_ray()
+        # It pickles the handles. CUDA opens none in the process that made it, so that the engine has one of its own.
+        os.environ |= {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     if not (kind == "grpo" and more):  # the service has the engine then
         importlib.import_module("vllm")
-        importlib.import_module("trl.generation.vllm_generation")
+        if kind in ("trl", "grpo"):
+            importlib.import_module("trl.trainer.grpo_trainer")
     sys.stdin.readline()
     before = used()
     found = kinds[kind](model, *more)
@@ -174,11 +176,7 @@ def trl(path: str) -> dict[str, Any]:
 
 
 def ipc(path: str) -> dict[str, Any]:
-    """Every tensor's CUDA IPC handle in one call, which copies each from there.
-
-    CUDA opens no handle in the process that made it, so that the engine has one of its own.
-    """
-    os.environ |= {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    """Every tensor's CUDA IPC handle in one call, which copies each from there."""
     from vllm import LLM
     from vllm.config import WeightTransferConfig
 
