@@ -84,7 +84,7 @@ def parts(size: str, wanted: list[str], *, eager: bool) -> Iterator[tuple[str, d
             "generate_tandem": ["generate", path, "tandem"] if "generate" in wanted else [],
             "grpo_trl_colocate": ["grpo", path] if "grpo" in wanted else [],
         }
-        waiting = {name: Peer(*arguments) for name, arguments in peers.items() if arguments}
+        waiting = {name: Peer(*map(str, arguments)) for name, arguments in peers.items() if arguments}
         if "kernels" in wanted:
             yield "kernels", done(kernels(size))
             torch.cuda.empty_cache()
@@ -147,7 +147,7 @@ def ratios(found: dict[str, Any]) -> dict[str, float]:
     return ratio
 
 
-def make(size: str, path: Path, *, weights: bool) -> Path:
+def make(size: str, path: Path, *, weights: bool = True) -> Path:
     """A checkpoint with random weights, or all of one but these."""
     tokenizer().save_pretrained(path)
     config(size).save_pretrained(path)
@@ -303,20 +303,30 @@ class Same:
     """Sees that the engine has the policy's bits, and counts."""
 
     def __init__(self, policy: Any, service: Service) -> None:
-        from tandem.weights.v1.weights_pb2 import GetManifestRequest
-
-        manifest = service.weights.GetManifest(GetManifestRequest(), timeout=60).manifest
-        self._names = [tensor.name for tensor in manifest.tensors]
         self._policy = policy
         self._service = service
+        self._names = names_of(service)
         self.times = 0
 
     def __call__(self) -> None:
-        held = {source.name: source.read() for source in policy_tensors(self._policy, self._names)}
-        mine = combine([digest_tensors([held[name].bfloat16()])[0] for name in self._names])
-        if mine != served_digest(self._service):
+        if digest_of(self._policy, self._service, self._names) != served_digest(self._service):
             raise ValueError("the engine's weights are not the policy's")
         self.times += 1
+
+
+def names_of(service: Service) -> list[str]:
+    """The names in the engine's manifest."""
+    from tandem.weights.v1.weights_pb2 import GetManifestRequest
+
+    manifest = service.weights.GetManifest(GetManifestRequest(), timeout=60).manifest
+    return [tensor.name for tensor in manifest.tensors]
+
+
+def digest_of(policy: Any, service: Service, names: list[str] | None = None) -> int:
+    """Digest of the policy's tensors, in bf16."""
+    names = names or names_of(service)
+    held = {source.name: source.read() for source in policy_tensors(policy, names)}
+    return combine([digest_tensors([held[name].bfloat16()])[0] for name in names])
 
 
 def served_digest(service: Service) -> int:

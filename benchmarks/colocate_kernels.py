@@ -65,7 +65,7 @@ def events(call: Callable[[], Any]) -> float:
         torch.cuda.synchronize()
         for _ in range(40):  # some milliseconds of work, in which the host gets ahead
             fill.zero_()
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         before.record()
         call()
         after.record()

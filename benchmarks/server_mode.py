@@ -28,7 +28,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.colocate import SIZES, digest_of, keep, make, served_digest
+from benchmarks.colocate import digest_of, keep, make, served_digest
+from benchmarks.colocate_peers import SIZES
 from benchmarks.measure import ROUNDS, WARM_UPS, percentiles, provenance
 from benchmarks.workload import Workload
 from tests.services import Service, inference_service

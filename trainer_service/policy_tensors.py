@@ -67,20 +67,6 @@ def policy_tensors(
     return list(found.values())
 
 
-def parameter_ids(model: nn.Module) -> list[int]:
-    """Identities of the model's parameters, each where it stands: much quicker than to list what they are.
-
-    Of models that hold on to them, equal lists mean the same parameters in the same places. Says nothing of adapters.
-    """
-    found: list[int] = []
-    modules = [model]
-    while modules:
-        module = modules.pop()
-        found.extend(map(id, module._parameters.values()))
-        modules.extend(child for child in module._modules.values() if child is not None)
-    return found
-
-
 def _named(
     base: nn.Module, walked: list[tuple[str, SourceTensor, int]]
 ) -> Iterator[tuple[SourceTensor, int]]:

@@ -27,7 +27,8 @@ from trainer_service.adapter_session import AdapterSession
 from trainer_service.adapter_tensors import adapter_tensors
 from trainer_service.client import WRITABLE, InferenceClient
 from trainer_service.lease import Lease
-from trainer_service.policy_tensors import parameter_ids, policy_tensors
+from trainer_service.listing import Listing
+from trainer_service.policy_tensors import policy_tensors
 from trainer_service.session import Session
 from trainer_service.steps import Steps
 from trainer_service.updates import ATTEMPTS, UpdateStats, broken_off, patiently, retryable, taken
@@ -85,7 +86,7 @@ class PolicyWeights:
         self._held: int | None = None  # digest of what was committed last, where it is known
         self._as_committed = False  # no lease was given since to whom might have written
         self._spent = self._ready = 0.0
-        self._listed: list[int] = []  # the parameters of the policy that was listed last
+        self._listing = Listing()
         self._steps: Steps | None = None
         self._finalizer: weakref.finalize[[], PolicyWeights] | None = None
         atexit.register(_at_exit, weakref.ref(self))
@@ -216,18 +217,17 @@ class PolicyWeights:
         model = self._model()
         if self._adapter:
             return self._led(adapter_tensors(model))
-        self._listed = parameter_ids(model)
-        return self._led(policy_tensors(model, frozenset(wanted)))
+        return self._led(self._listing.policy(model, wanted))
 
     def _stands(self, *, same_parameters: bool = False) -> bool:
         """Whether all that an update carries is known to be the engine's memory, without listing it anew.
 
-        Parameters that are are held by the transport, so that another one has another identity.
+        The transport holds on to them.
         """
         session = self._session
         if session is None or not session.transport.stands():
             return False
-        return same_parameters or parameter_ids(self._model()) == self._listed
+        return same_parameters or self._listing.same(self._model())
 
     def _base(self, wanted: Sequence[str]) -> list[SourceTensor]:
         return self._led(policy_tensors(self._model(), frozenset(wanted), merged=False))

@@ -178,3 +178,11 @@ def test_writing_is_casting_and_copying(
     for mine, theirs in zip(arenas, others, strict=True):  # all of it: nothing else was touched
         assert torch.equal(*(a.tensor(0, (a.size,), torch.uint8) for a in (mine, theirs)))
     assert cuda_write.write(items, arenas) == found, "by the plan that the first made"
+    assert cuda_write.again(items, arenas) is None, "of what the kernel cannot take"
+    whole = [item for item, name in zip(items, LAYOUTS, strict=True) if name != "odd"]
+    again = cuda_write.again(whole, arenas)
+    for _, value in whole:
+        value.neg_()
+    assert again is not None
+    assert again() == [digest_tensor(value.to(target)) for _, value in whole]
+    assert cuda_write.again([(whole[0][0], whole[0][1].t().contiguous().t())], arenas) is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -32,10 +32,7 @@ def write(items: Sequence[Item], arenas: Sequence[Arena]) -> list[int]:
     if not all(tensor.is_contiguous() for _, tensor in items):
         items = [(placement, tensor.contiguous()) for placement, tensor in items]
     plan = _plan_for(items, arenas)
-    totals = torch.zeros(len(items), dtype=torch.int64, device=arenas[0].device)
-    for launch in plan.launches:
-        launch(totals)
-    found = finished(totals.cpu().numpy(), plan.nbytes)
+    found = plan.write()
     for i in plan.odd:
         placement, tensor = items[i]
         for part, place in placement.pairs(arenas, tensor):
@@ -44,12 +41,22 @@ def write(items: Sequence[Item], arenas: Sequence[Arena]) -> list[int]:
     return found
 
 
+def again(items: Sequence[Item], arenas: Sequence[Arena]) -> Callable[[], list[int]] | None:
+    """`write` of the same items, with no more work of the host's than there must be. Holds none of the tensors: good
+    as long as each is where it is. None where some of them need more than the kernel.
+    """
+    if not all(tensor.is_contiguous() for _, tensor in items):
+        return None
+    plan = _plan_for(items, arenas)
+    return None if plan.odd else plan.write
+
+
 class _Plan:
     """Where the pieces of some tensors lie and go. Good for all tensors at the same addresses."""
 
     def __init__(self, items: Sequence[Item], arenas: Sequence[Arena]) -> None:
         self._placements = [placement for placement, _ in items]  # their ids are in the plan's key
-        self.nbytes = np.array([placement.spec.nbytes for placement, _ in items], np.uint64)
+        self._nbytes = np.array([placement.spec.nbytes for placement, _ in items], np.uint64)
         pieces: dict[Dtypes, list[list[int]]] = {}
         self.odd: list[int] = []
         for i, (placement, tensor) in enumerate(items):
@@ -60,7 +67,15 @@ class _Plan:
                 self.odd.append(i)
             elif rows:
                 pieces.setdefault(dtypes, []).extend([*row, i] for row in rows if row is not None)
-        self.launches = [_Launch(dtypes, rows, arenas[0].device) for dtypes, rows in pieces.items()]
+        self._device = arenas[0].device
+        self._launches = [_Launch(dtypes, rows, self._device) for dtypes, rows in pieces.items()]
+
+    def write(self) -> list[int]:
+        """Write all but the odd ones. Returns their digests; an odd one's is none."""
+        totals = torch.zeros(len(self._nbytes), dtype=torch.int64, device=self._device)
+        for launch in self._launches:
+            launch(totals)
+        return finished(totals.cpu().numpy(), self._nbytes)
 
 
 _plans: OrderedDict[tuple[object, ...], _Plan] = OrderedDict()

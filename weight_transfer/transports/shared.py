@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -15,7 +17,7 @@ from weight_transfer.manifest import Manifest
 from weight_transfer.placement import Placement
 from weight_transfer.transports.base import Chunk, Handshake, Moved, SourceTensor, WeightTransport
 from weight_transfer.transports.watch import Watch
-from weight_transfer.write import write
+from weight_transfer.write import again, write
 
 
 class SharedTransport(WeightTransport):
@@ -46,6 +48,7 @@ class SharedTransport(WeightTransport):
         self._aliased: dict[int, torch.nn.Parameter] = {}
         self._settled = False  # after the last move of a policy
         self._homes: tuple[list[torch.nn.Parameter], list[int]] = ([], [])  # where the aliased ones were then
+        self._again: _Again | None = None
         self._watch = Watch()
         self._unwatched = False  # parameters were aliased since it was started
 
@@ -93,6 +96,8 @@ class SharedTransport(WeightTransport):
         self, policy: Sequence[SourceTensor], send: Callable[[Chunk], None], *, digest: bool = False
     ) -> Moved:
         self.touched = False
+        if self._again is not None and self._again.of(policy):
+            return self._move_again(policy, self._again)
         moving = [source for source in policy if not self._in_place(source)]
         nbytes = sum(self._placements[source.name].spec.nbytes for source in moving)
         parts = [0] * len(self._manifest)
@@ -110,14 +115,35 @@ class SharedTransport(WeightTransport):
         if policy:
             self._settled = self.settled(policy)
             self._homes = (list(self._aliased.values()), [p.data_ptr() for p in self._aliased.values()])
+        self._synchronize()
+        if len(moving) == len(policy) and not self._aliased:
+            self._again = self._to_write(policy, nbytes)
+        return Moved(nbytes, digests.combine(parts) if digest or moving else None)
+
+    def _to_write(self, policy: Sequence[SourceTensor], nbytes: int) -> _Again | None:
+        if any(source.parameter is None for source in policy):
+            return None  # fresh memory each time
+        write = again(self._items(policy), self._arenas)
+        return None if write is None else _Again(policy, _where(policy), write, nbytes)
+
+    def _move_again(self, policy: Sequence[SourceTensor], last: _Again) -> Moved:
+        parts = [0] * len(self._manifest)
+        self.touched = True
+        self._note(policy, last.write(), parts)
+        self._synchronize()
+        return Moved(last.nbytes, digests.combine(parts))
+
+    def _synchronize(self) -> None:
         for device in {arena.device for arena in self._arenas if arena.device.type == "cuda"}:
             # What was written, by whomever here, must be there before the engine goes on.
             torch.cuda.synchronize(device)
-        return Moved(nbytes, digests.combine(parts) if digest or moving else None)
+
+    def _items(self, sources: Sequence[SourceTensor]) -> list[tuple[Placement, torch.Tensor]]:
+        return [(self._placements[source.name], source.read().detach()) for source in sources]
 
     def _write(self, sources: Sequence[SourceTensor], parts: list[int]) -> None:
         if sources:
-            items = [(self._placements[source.name], source.read().detach()) for source in sources]
+            items = self._items(sources)
             self.touched = True
             self._note(sources, write(items, self._arenas), parts)
 
@@ -133,6 +159,7 @@ class SharedTransport(WeightTransport):
         self._aliased.clear()
         self._homes = ([], [])
         self._settled = False
+        self._again = None
         self._watch.stop()
         self._arenas.clear()
         if self._connection is not None:
@@ -161,6 +188,24 @@ class SharedTransport(WeightTransport):
     def _is_ours(self, parameter: torch.nn.Parameter) -> bool:
         address = parameter.data_ptr()
         return any(arena.address <= address < arena.address + arena.size for arena in self._arenas)
+
+
+@dataclass(frozen=True)
+class _Again:
+    """The last move, of parameters that were all written: while they are where they were, the next is the same."""
+
+    policy: Sequence[SourceTensor]
+    where: list[object]
+    write: Callable[[], list[int]]
+    nbytes: int
+
+    def of(self, policy: Sequence[SourceTensor]) -> bool:
+        return policy is self.policy and _where(policy) == self.where
+
+
+def _where(policy: Sequence[SourceTensor]) -> list[object]:
+    parameters: list[Any] = [source.parameter for source in policy]
+    return [*map(torch.Tensor.data_ptr, parameters), *(parameter.dtype for parameter in parameters)]
 
 
 def _device(gpu: str) -> torch.device:
