@@ -16,7 +16,7 @@ from weight_transfer.placement import Block, Placement
 
 _TILE = 1 << 15  # elements for one block
 _NAMES = {torch.float32: "float", torch.float16: "f16", torch.bfloat16: "bf16"}
-_KEPT = 4  # plans
+_KEPT = 256  # plans: a window of an update each, where those go one by one
 _dtype_of = operator.attrgetter("dtype")
 
 Item = tuple[Placement, torch.Tensor]
