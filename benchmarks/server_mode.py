@@ -44,6 +44,7 @@ RUNNING = 64
 #: For all engines alike.
 ENGINE: dict[str, Any] = {
     "kv_cache_memory_bytes": 3 << 30,
+    "gpu_memory_utilization": 0.1,
     "max_model_len": 1024,
     "max_num_seqs": RUNNING,
     "max_num_batched_tokens": 2048,
