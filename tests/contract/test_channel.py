@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import time
 from collections.abc import AsyncIterator
@@ -182,6 +183,38 @@ def test_what_is_tried_again_is_in_the_contract() -> None:
     }
     for service, named in options._READS.items():
         assert {(service, name) for name in named} <= methods
+
+
+async def test_a_call_is_not_made_twice_at_once(serve: Serve, engine: ScriptedEngine) -> None:
+    """Hedging would do that where the first answer is late. This gRPC knows the word and does nothing: slow replicas are
+    for us to get round.
+    """
+    calls = 0
+
+    async def slow(request: bytes, context: Any) -> bytes:
+        nonlocal calls
+        calls += 1
+        await asyncio.sleep(0.5)
+        return b"done"
+
+    engine.unary_unary = slow
+    hedging = {
+        "methodConfig": [
+            {"name": [{"service": RAW}], "hedgingPolicy": {"maxAttempts": 3, "hedgingDelay": "0.05s"}}
+        ]
+    }
+    serving = await serve()
+    asked = [(options.SERVICE_CONFIG, json.dumps(hedging))]
+    async with connect_aio(serving.addresses[0], extra_options=asked) as channel:
+        assert await Raw(channel).unary_unary(b"") == b"done"
+    assert calls == 1
+    assert "hedgingPolicy" not in options.service_config()
+
+
+def test_systemd_hands_over_no_socket() -> None:
+    """gRPC's own code for it is not in this build, so units must not rely on socket activation."""
+    assert b"LISTEN_FDS" not in Path(cygrpc.__file__).read_bytes()
+    assert b"GRPC_VERBOSITY" in Path(cygrpc.__file__).read_bytes()  # as other variables are
 
 
 async def test_a_channel_finds_a_restarted_server(serve: Serve) -> None:
