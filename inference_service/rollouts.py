@@ -238,7 +238,8 @@ class Rollouts:
             params = params.clone()
             params.seed = request.seed
         try:
-            return await self._engine.llm.add_request(request.id, request.prompt, params, lora_request=lora)
+            prompt = self._input(request)
+            return await self._engine.llm.add_request(request.id, prompt, params, lora_request=lora)
         except Exception as error:
             # Most of what vLLM checks this late is what the tokenizer is needed for: grammars.
             structured = request.params.structured_outputs is not None
@@ -247,9 +248,20 @@ class Rollouts:
                 raise
             raise refused from error
 
+    def _input(self, request: Request) -> dict[str, Any]:
+        """The prompt as vLLM takes it at once, where it can: all else it has a thread make something of.
+
+        Pictures and what comes with an encoder need that, and grammars, since to check one may take long.
+        """
+        if request.prompt.keys() != {"prompt_token_ids"} or request.params.structured_outputs is not None:
+            return request.prompt
+        if self._engine.llm.vllm_config.model_config.is_encoder_decoder:
+            return request.prompt
+        return {"type": "token", **request.prompt}
+
 
 class _Entrance:
-    """Where the requests of a call enter the engine, a few at a time."""
+    """Where the requests of a call enter the engine, a few in one turn of the event loop."""
 
     def __init__(self, width: int, count: int) -> None:
         self.passed = asyncio.Event()  # by all
@@ -258,6 +270,7 @@ class _Entrance:
 
     async def __aenter__(self) -> None:
         await self._room.acquire()
+        await asyncio.sleep(0)  # to add one may not give up the turn
 
     async def __aexit__(self, *_: object) -> None:
         self._room.release()
