@@ -273,7 +273,8 @@ def finishing(reason: str) -> Rollouts:
         return SimpleNamespace(get_nowait=lambda: output)
 
     stats = SimpleNamespace(rollouts_finished=0)
-    engine: Any = SimpleNamespace(llm=SimpleNamespace(add_request=add_request), stats=stats, dead=False)
+    llm = SimpleNamespace(add_request=add_request)
+    engine: Any = SimpleNamespace(llm=llm, stats=stats, dead=False, quiet=lambda: None)
     return Rollouts(engine, 1)
 
 
