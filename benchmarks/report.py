@@ -8,7 +8,9 @@ from typing import Any
 _HEAD = """# Benchmarks
 
 Made by `make bench`; the figures are in [benchmarks/results](../benchmarks/results). All contenders were up
-at once and took turns, round by round, on the same prompts. The first round of each is warm-up and not counted.
+at once and took turns, round by round, another first in each, on the same prompts. The first round of each is warm-up
+and not counted. A ratio is the median over the rounds of what it is in each, so that what else the machine does, which
+hits both, counts little.
 
 """
 
@@ -20,11 +22,18 @@ def write_table(results: dict[str, Any], path: Path) -> None:
     lines = [
         _HEAD + f"{results['model']} in {results['engine']['dtype']} on {hardware['cores']} cores of "
         f"{hardware['cpu']}, {hardware['memory_gib']} GiB; {', '.join(made_with)}; "
-        f"commit `{results['commit'][:12]}`, {results['date'][:10]}.",
+        f"commit `{results['commit'][:12]}`, {results['date'][:10]}. The machine's load was "
+        f"{results['load_average']:.1f} before it began, and {results['load_average_after']:.1f} at its end.",
         "",
         _workload("Throughput", results["workloads"]["throughput"]) + " Tokens per second:",
         "",
         *_table(results["tokens_per_second"], ("p50", "min", "max"), "{:.0f}"),
+        "",
+        "What is computed for each of these tokens beside the engine: in front of it, and by the client. Microseconds:",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {us:.0f} |" for name, us in results["cpu_us_per_token"].items()),
         "",
         _workload("Latency", results["workloads"]["latency"]) + " Milliseconds:",
         "",
@@ -38,7 +47,7 @@ def write_table(results: dict[str, Any], path: Path) -> None:
         + "; ".join(f"{name}: {f['bytes']:,}" for name, f in results["sync"].items() if "bytes" in f)
         + ".",
         "",
-        "| ratio of the medians | |",
+        "| ratio | |",
         "|---|---|",
         *(f"| {name} | {ratio:.3g} |" for name, ratio in results["ratios"].items()),
     ]

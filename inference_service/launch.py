@@ -21,12 +21,12 @@ os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
 
 # By name, since these modules belong into the worker processes alone.
 _EXTENSION = "inference_service.worker.TandemWorker"
-_CPU_EXTENSION = "inference_service.cpu_worker.TandemCpuWorker"
+CPU_EXTENSION = "inference_service.cpu_worker.TandemCpuWorker"
 _MIXTURE = "inference_service.mixture:Mixture"
 #: Where SamplingParams.extra_args has a mixture's coefficient, and VllmConfig.additional_config the reference's folder.
 COEFFICIENT = "tandem_mixture_coef"
 REFERENCE = "tandem_reference_model"
-_LOAD_FORMAT = "tandem"
+LOAD_FORMAT = "tandem"
 
 #: Arguments that Tandem must have its way with.
 OWN_ARGUMENTS = ("model", "load_format", "worker_extension_cls", "enable_log_requests")
@@ -161,8 +161,8 @@ def _config(model: str, path: str, arguments: dict[str, Any]) -> Any:
     try:
         engine_args = AsyncEngineArgs(
             model=path,
-            load_format=_LOAD_FORMAT,
-            worker_extension_cls=_CPU_EXTENSION if on_cpu else _EXTENSION,
+            load_format=LOAD_FORMAT,
+            worker_extension_cls=CPU_EXTENSION if on_cpu else _EXTENSION,
             **(DEFAULTS | arguments),
         )
         config = engine_args.create_engine_config()

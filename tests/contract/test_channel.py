@@ -186,9 +186,7 @@ def test_what_is_tried_again_is_in_the_contract() -> None:
 
 
 async def test_a_call_is_not_made_twice_at_once(serve: Serve, engine: ScriptedEngine) -> None:
-    """Hedging would do that where the first answer is late. This gRPC knows the word and does nothing: slow replicas are
-    for us to get round.
-    """
+    """Hedging would do that where the first answer is late. This gRPC knows the word and does nothing."""
     calls = 0
 
     async def slow(request: bytes, context: Any) -> bytes:
