@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 
 from tests import models
 from tests.services import Service, inference_service
@@ -16,6 +17,13 @@ from tests.services import Service, inference_service
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A tiny checkpoint of each architecture."""
     return {name: models.make(tmp_path_factory.mktemp(name), name) for name in models.ARCHITECTURES}
+
+
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    """Nothing is logged: structlog's default renders tracebacks for seconds."""
+    with structlog.testing.capture_logs():
+        yield
 
 
 @pytest.fixture

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults import raw
+from tests.faults.plane import Plane
 from tests.services import Service, inference_service
 
 
@@ -33,3 +35,20 @@ def exact(checkpoints: dict[str, Path]) -> Iterator[Service]:
         ) as service,
     ):
         yield service
+
+
+@pytest.fixture(scope="module")
+def made(llama: Service, checkpoints: dict[str, Path]) -> Plane:
+    """The tiny Llama's service, and a trainer of another policy."""
+    return Plane(llama, checkpoints["llama"])
+
+
+@pytest.fixture
+def plane(made: Plane) -> Iterator[Plane]:
+    """It is left with the checkpoint, committed, without a session."""
+    made.start()
+    yield made
+    if raw.now(made.stub).weight_version != made.version or raw.state(made.stub) == "TORN":
+        raw.restore(made.stub)
+    made.start()
+    made.assert_unchanged()

@@ -17,7 +17,7 @@ from inference_service.trained import trained_adapter
 from inference_service.transports import STREAM, Way
 from inference_service.update import Update
 from tandem.errors import FailedPrecondition, InvalidArgument, NotFound, Reason, Unavailable
-from tests.unit.test_policy import Engine as BareEngine
+from tests.policy_machine import Engine as BareEngine
 from tests.weight_service import engine_arenas, network
 from weight_transfer.digest import combine, digest_tensors
 from weight_transfer.manifest import TensorSpec
