@@ -11,7 +11,7 @@ from typing import Any
 from inference_service.engine import Engine
 from inference_service.loras import Adapter
 from inference_service.refusals import named
-from tandem.errors import Reason, TandemError, Unavailable
+from tandem.errors import Reason, TandemError, Unavailable, invalid
 
 #: Requests of one call that enter or leave the engine in one turn of the event loop. More would hold up everybody else.
 _TURN = 16
@@ -20,6 +20,7 @@ _READY = 256
 
 #: Parameters that vLLM checks when a request is added, by its names and the contract's.
 SAMPLING = ("bad_words", "allowed_token_ids", "logit_bias", "stop_token_ids", "structured_output")
+_CONSTRAINT = "sampling.structured_output"
 
 
 @dataclass
@@ -211,11 +212,9 @@ class Rollouts:
                 if track.error is not None:
                     raise track.error
                 ended = output.finished
-                if (
-                    ended and output.outputs[0].finish_reason == "error"
-                ):  # vLLM's word for what may be tried again
-                    raise Unavailable(Reason.INTERRUPTED, "the engine gave a request up; try again")
                 tokens = len(output.outputs[0].token_ids)
+                if ended and output.outputs[0].finish_reason == "error":
+                    raise _given_up(request, sent + tokens)
                 stopped = track.stopped and output.outputs[0].finish_reason == "abort"
                 yield Piece(request.index, output, track.spans(sent, sent + tokens), first, stopped)
                 first, sent = False, sent + tokens
@@ -241,8 +240,10 @@ class Rollouts:
             prompt = self._input(request)
             return await self._engine.llm.add_request(request.id, prompt, params, lora_request=lora)
         except Exception as error:
-            # Most of what vLLM checks this late is what the tokenizer is needed for: grammars.
             structured = request.params.structured_outputs is not None
+            if structured and isinstance(error, RecursionError):
+                raise invalid(_CONSTRAINT, "is nested too deeply") from error
+            # Most of what vLLM checks this late is what the tokenizer is needed for: grammars.
             refused = named(error, "sampling", SAMPLING, otherwise="structured_output" if structured else "")
             if refused is None:
                 raise
@@ -258,6 +259,16 @@ class Rollouts:
         if self._engine.llm.vllm_config.model_config.is_encoder_decoder:
             return request.prompt
         return {"type": "token", **request.prompt}
+
+
+def _given_up(request: Request, tokens: int) -> TandemError:
+    """Why the engine ended a request that has `tokens` with an error."""
+    # It compiles constraints itself, once vLLM's check has let them pass. One that it cannot ends before the first
+    # token, and would again. A picture may be what was missing.
+    constrained = request.params is not None and request.params.structured_outputs is not None
+    if constrained and not tokens and "multi_modal_data" not in request.prompt:
+        return invalid(_CONSTRAINT, "the engine can make no constraint of it")
+    return Unavailable(Reason.INTERRUPTED, "the engine gave a request up; try again")  # vLLM's word for that
 
 
 class _Entrance:

@@ -6,7 +6,7 @@ import asyncio
 import io
 import struct
 import zlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -264,9 +264,9 @@ async def test_pictures_are_decoded_beside_the_event_loop_and_reach_their_prompt
     assert threading.main_thread() not in threads
 
 
-def finishing(reason: str) -> Rollouts:
-    """Rollouts of an engine that ends each with `reason`."""
-    completion = SimpleNamespace(token_ids=[5], finish_reason=reason)
+def finishing(reason: str, tokens: Sequence[int] = (5,)) -> Rollouts:
+    """Rollouts of an engine that ends each with `reason` and `tokens`."""
+    completion = SimpleNamespace(token_ids=list(tokens), finish_reason=reason)
     output = SimpleNamespace(outputs=[completion], finished=True, prompt_logprobs=None)
 
     async def add_request(*args: Any, **kwargs: Any) -> Any:
@@ -285,6 +285,25 @@ async def test_an_error_that_ends_a_request_is_one_to_try_again_after() -> None:
         with pytest.raises(Unavailable) as raised:
             await anext(stream)
         assert raised.value.reason is Reason.INTERRUPTED
+
+
+CONSTRAINED = SimpleNamespace(structured_outputs="a grammar", clone=lambda: None)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what vLLM imports
+@pytest.mark.parametrize(
+    ("prompt", "tokens", "again"),
+    [({}, [], False), ({}, [5], True), ({"multi_modal_data": {}}, [], True)],
+    ids=["the constraint", "later", "a picture"],
+)
+async def test_a_constraint_that_the_engine_cannot_compile_is_the_callers_mistake(
+    prompt: dict[str, Any], tokens: list[int], again: bool
+) -> None:
+    """To try again would not help."""
+    with pytest.raises(Unavailable if again else InvalidArgument) as raised:
+        await anext(finishing("error", tokens).run([Request("a", prompt, CONSTRAINED)]))
+    fields = [found.field for found in raised.value.violations]
+    assert fields == ([] if again else ["sampling.structured_output"])
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what vLLM imports
