@@ -89,11 +89,20 @@ def read(service: JobService, job_id: str) -> Run:
     return Run(history(folder.path), figures, hashlib.sha256(weights).hexdigest())
 
 
-def killed(service: JobService, job_id: str, module: str) -> bool:
-    """SIGKILL to a job's process that runs `module`, if there is one."""
+def running(service: JobService, job_id: str, module: str) -> list[int]:
+    """A job's processes that run `module`."""
+    found = []
     for pid in service.members(job_id):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             if module.encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
-                os.kill(pid, signal.SIGKILL)
-                return True
+                found.append(pid)
+    return found
+
+
+def killed(service: JobService, job_id: str, module: str) -> bool:
+    """SIGKILL to a job's process that runs `module`, if there is one."""
+    for pid in running(service, job_id, module):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+            return True
     return False
