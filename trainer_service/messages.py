@@ -18,8 +18,9 @@ from trainer_service.jobs.store import Event, EventKind, Job
 #: The contract's states by Python's, and its kinds of events.
 STATES: dict[JobState, Any] = {state: pb.JobState.Value(f"JOB_STATE_{state}") for state in JobState}
 KINDS: dict[int, EventKind] = {trainer_pb2.EventKind.Value(f"EVENT_KIND_{kind}"): kind for kind in EventKind}
-_made: dict[int, tuple[JobSpec, pb.JobSpec]] = {}
 _MOST = 10_000
+_made: dict[int, tuple[Job, str, pb.Job]] = {}
+_specs: dict[int, tuple[JobSpec, pb.JobSpec]] = {}
 
 
 def spec_of(message: pb.JobSpec) -> JobSpec:
@@ -28,7 +29,17 @@ def spec_of(message: pb.JobSpec) -> JobSpec:
 
 
 def job_message(job: Job, folder: str) -> pb.Job:
-    """A job, with the path of its folder."""
+    """A job, with the path of its folder. Not to be changed: most of a list is what was told of before."""
+    known = _made.get(job.number)
+    if known is None or known[0] is not job or known[1] != folder:
+        known = (job, folder, _job_message(job, folder))
+        if len(_made) >= _MOST:
+            _made.clear()
+        _made[job.number] = known
+    return known[2]
+
+
+def _job_message(job: Job, folder: str) -> pb.Job:
     message = pb.Job(
         id=job.id,
         spec=_kept(job.spec),
@@ -50,18 +61,18 @@ def job_message(job: Job, folder: str) -> pb.Job:
 
 
 def _kept(spec: JobSpec) -> pb.JobSpec:
-    """`spec_message` of a specification that the store keeps, made once: this is most of a list's work."""
-    found = _made.get(id(spec))
+    """`spec_message` of a specification that the store keeps, made once: a job's state changes, and this does not."""
+    found = _specs.get(id(spec))
     if found is None:
-        if len(_made) >= _MOST:
-            _made.clear()
-        found = _made[id(spec)] = (spec, spec_message(spec))  # while it is here, no other one has its id
+        if len(_specs) >= _MOST:
+            _specs.clear()
+        found = _specs[id(spec)] = (spec, spec_message(spec))  # while it is here, no other one has its id
     return found[1]
 
 
 def spec_message(spec: JobSpec) -> pb.JobSpec:
     """A job's specification, with what was not set by the user as it is."""
-    return json_format.ParseDict(spec.model_dump(mode="json", exclude_none=True), pb.JobSpec())
+    return pb.JobSpec(**spec.model_dump(mode="json", exclude_none=True))
 
 
 def event_message(event: Event) -> pb.JobEvent:

@@ -124,6 +124,12 @@ async def test_pages(channel: grpc.aio.Channel, store: Store) -> None:
     assert pages == [["job-4", "job-3"], ["job-2", "job-1"], ["job-0"]]
     response = await Stub(channel).ListJobs(pb.ListJobsRequest(labels={"odd": "1"}))
     assert [job.id for job in response.jobs] == ["job-3", "job-1"]
+    store.move("job-3", Move.CANCEL, "why")  # it was told of before, otherwise
+    both = pb.ListJobsRequest(labels={"odd": "1"}, states=[job_pb2.JOB_STATE_CANCELLED])
+    (found,) = (await Stub(channel).ListJobs(both)).jobs
+    assert (found.id, found.state, found.reason) == ("job-3", job_pb2.JOB_STATE_CANCELLED, "why")
+    assert found == (await Stub(channel).GetJob(pb.GetJobRequest(job_id="job-3"))).job
+    assert spec_of(found.spec) == spec(labels={"odd": "1"})
 
 
 async def test_a_job_that_waits_is_cancelled_resumed_and_deleted(

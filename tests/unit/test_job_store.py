@@ -24,7 +24,7 @@ from tandem.errors import (
 )
 from tests.jobs import spec
 from tests.postgres import empty, end_connections, postgres
-from trainer_service.jobs import tables
+from trainer_service.jobs import sql, tables
 from trainer_service.jobs.sql import SqlStore
 from trainer_service.jobs.states import JobState, Move
 from trainer_service.jobs.store import Event, EventKind, Offsets, Store, open_store
@@ -182,6 +182,31 @@ def test_pages_and_filters(store: Store) -> None:
         "job-1",
     ]
     assert store.find(labels={"parity": "yes"}) == []
+
+
+def test_what_was_read_before_is_as_it_is_now(
+    store: Store, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Jobs are kept as they were read, some of them: what another one has written shows all the same."""
+    monkeypatch.setattr(sql, "_KEPT", 4)
+    monkeypatch.setattr(sql, "_AT_ONCE", 2)
+    writer = open_store(url, tmp_path)  # it has no lock, which the database does not mind
+    for index in range(7):
+        writer.create(f"job-{index}", spec(labels={"index": str(index)}))
+    for _ in range(2):
+        assert [job.spec.labels["index"] for job in store.find()] == list("6543210")
+        assert [job.spec.labels["index"] for job in store.find(limit=3)] == list("654")
+    offsets = Offsets(1, 2, 3)
+    writer.append("job-6", [], gpus=("1", "0"), offsets=offsets, end_time=2.5)
+    assert store.find(limit=1) == [store.get("job-6")] == [writer.get("job-6")]
+    assert (store.get("job-6").gpus, store.get("job-6").offsets) == (("1", "0"), offsets)
+    writer.append("job-6", [], gpus=(), end_time=None)
+    assert (store.get("job-6").gpus, store.get("job-6").end_time) == ((), None)
+    writer.delete("job-6")
+    assert store.find(limit=1)[0].id == "job-5"
+    with pytest.raises(NotFound):
+        store.get("job-6")
+    writer.close()
 
 
 def test_jobs_are_counted_by_state(store: Store) -> None:

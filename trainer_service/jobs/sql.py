@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -24,7 +25,17 @@ _FULL = ("database or disk is full", "disk i/o error", "no space left", "53100")
 _LOCK_KEY = 0x7461_6E64_656D  # of PostgreSQL's advisory lock: "tandem"
 _BUSY_S = 30.0
 _RETRY_S = 1.0
-_SPECS = 10_000
+_KEPT = 10_000
+_AT_ONCE = 1000
+#: A job's columns but for its specification, which never changes. What is JSON comes as text, to be compared.
+_COLUMNS = (
+    *(
+        column
+        for column in tables.jobs.c
+        if not isinstance(column.type, sa.JSON) and column.name != "request_id"
+    ),
+    *(sa.cast(column, sa.Text).label(column.name) for column in (tables.jobs.c.gpus, tables.jobs.c.offsets)),
+)
 
 
 class SqlStore(Store):
@@ -41,8 +52,8 @@ class SqlStore(Store):
         self._path = Path(parsed.database or "jobs.db")
         self._held: FileLock | sa.Connection | None = None
         self._guard = threading.Lock()  # of the connection that is held
-        #: By the job's number: reading them takes most of the time of a list.
-        self._specs: dict[int, JobSpec] = {}
+        #: By their numbers jobs, each with the row that it was made of: most of a list is as it was in the last one.
+        self._made: dict[int, tuple[tuple[Any, ...], Job]] = {}
         if self._lite:
             sa.event.listen(self._engine, "connect", _configure)
             sa.event.listen(self._engine, "begin", _begin)
@@ -64,7 +75,7 @@ class SqlStore(Store):
             if not self._lite:  # or two of one request at once find neither
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK_KEY + 1)))
             if request_id and (row := _requested(connection, request_id, stored)) is not None:
-                return self._job(row)
+                return self._job(connection, row)
             values = {"id": job_id, "request_id": request_id or None, "spec": stored, "create_time": now}
             added = connection.execute(tables.jobs.insert().values(**values, state=JobState.QUEUED))
             number = added.inserted_primary_key[0]  # type: ignore[index]  # an insert of one row has it
@@ -80,11 +91,11 @@ class SqlStore(Store):
         stored = spec.model_dump(mode="json", exclude_none=True)
         with _told(), self._reading() as connection:
             row = _requested(connection, request_id, stored)
-            return None if row is None else self._job(row)
+            return None if row is None else self._job(connection, row)
 
     def get(self, job_id: str) -> Job:
         with _told(), self._reading() as connection:
-            return self._job(_row(connection, job_id))
+            return self._job(connection, _row(connection, job_id))
 
     def find(
         self,
@@ -94,7 +105,7 @@ class SqlStore(Store):
         limit: int = 0,
         before: int = 0,
     ) -> list[Job]:
-        query = sa.select(tables.jobs).order_by(tables.jobs.c.number.desc())
+        query = sa.select(*_COLUMNS).order_by(tables.jobs.c.number.desc())
         if states:
             query = query.where(tables.jobs.c.state.in_(list(states)))
         if before:
@@ -107,7 +118,7 @@ class SqlStore(Store):
         if limit:
             query = query.limit(limit)
         with _told(), self._reading() as connection:
-            return [self._job(row) for row in connection.execute(query)]
+            return self._jobs(connection, connection.execute(query).all())
 
     def count(self) -> dict[JobState, int]:
         query = sa.select(tables.jobs.c.state, sa.func.count()).group_by(tables.jobs.c.state)
@@ -122,7 +133,7 @@ class SqlStore(Store):
             new = after(job_id, old, move)
             reason = reason.replace("\0", "?").encode(errors="replace").decode()  # whatever a library raised
             if new is old:
-                return self._job(row)
+                return self._job(connection, row)
             body = {"old_state": old, "state": new, "reason": reason}
             event = Event(EventKind.STATE, time.time(), changes.get("attempt", row.attempt), body)
             return self._append(connection, row, [event], state=new, reason=reason, **changes)
@@ -155,6 +166,7 @@ class SqlStore(Store):
             for table in (tables.events, tables.labels):
                 connection.execute(table.delete().where(table.c.job == number))
             connection.execute(tables.jobs.delete().where(tables.jobs.c.number == number))
+        self._made.pop(number, None)
 
     def close(self) -> None:
         if self._held is not None:
@@ -184,19 +196,30 @@ class SqlStore(Store):
         changes["last_sequence"] = row.last_sequence + len(rows)
         update = tables.jobs.update().where(tables.jobs.c.number == row.number).values(**changes)
         connection.execute(update)
-        return self._job(_row(connection, row.id))
+        return self._job(connection, _row(connection, row.id))
 
-    def _job(self, row: sa.Row[Any]) -> Job:
-        values = dict(row._mapping)
-        del values["request_id"]
-        if (spec := self._specs.get(row.number)) is None:
-            spec = JobSpec.model_validate(values["spec"])
-            if len(self._specs) >= _SPECS:
-                self._specs.clear()
-            self._specs[row.number] = spec
-        values |= {"spec": spec, "state": JobState(values["state"])}
-        values |= {"offsets": Offsets(**values["offsets"]), "gpus": tuple(values["gpus"])}
-        return Job(**values)
+    def _job(self, connection: sa.Connection, row: sa.Row[Any]) -> Job:
+        found = self._jobs(connection, [row])
+        if not found:
+            raise _missing(row.id)
+        return found[0]
+
+    def _jobs(self, connection: sa.Connection, rows: Sequence[sa.Row[Any]]) -> list[Job]:
+        """Rows of `_COLUMNS` as jobs, but for those that were deleted since they were read."""
+        if len(self._made) + len(rows) > _KEPT:
+            self._made.clear()
+        known = {row.number: self._made.get(row.number) for row in rows}
+        specs = _specs(connection, [number for number, made in known.items() if made is None])
+        found = []
+        for row in rows:
+            values, made = tuple(row), known[row.number]
+            if made is None or made[0] != values:
+                if made is None and row.number not in specs:
+                    continue
+                made = (values, _job(row, specs[row.number] if made is None else made[1].spec))
+                self._made[row.number] = made
+            found.append(made[1])
+        return found
 
     def _locked_connection(self) -> sa.Connection:
         """The lock is the connection's: the database lets go of it when this process ends, however that comes."""
@@ -269,20 +292,47 @@ def _upgrade(connection: sa.Connection) -> None:
 
 
 def _row(connection: sa.Connection, job_id: str, *, lock: bool = False) -> sa.Row[Any]:
-    query = sa.select(tables.jobs).where(tables.jobs.c.id == job_id)
+    """A job's `_COLUMNS`."""
+    query = sa.select(*_COLUMNS).where(tables.jobs.c.id == job_id)
     row = connection.execute(query.with_for_update() if lock else query).one_or_none()
     if row is None:
-        raise NotFound(Reason.JOB_NOT_FOUND, f"there is no job {job_id!r}", metadata={"job_id": job_id[:128]})
+        raise _missing(job_id)
     return row
+
+
+def _missing(job_id: str) -> NotFound:
+    return NotFound(Reason.JOB_NOT_FOUND, f"there is no job {job_id!r}", metadata={"job_id": job_id[:128]})
+
+
+def _specs(connection: sa.Connection, numbers: Sequence[int]) -> dict[int, JobSpec]:
+    found = {}
+    for start in range(0, len(numbers), _AT_ONCE):
+        wanted = tables.jobs.c.number.in_(numbers[start : start + _AT_ONCE])
+        for number, spec in connection.execute(
+            sa.select(tables.jobs.c.number, tables.jobs.c.spec).where(wanted)
+        ):
+            found[number] = JobSpec.model_validate(spec)
+    return found
+
+
+def _job(row: sa.Row[Any], spec: JobSpec) -> Job:
+    values = dict(row._mapping)
+    values |= {"spec": spec, "state": JobState(row.state)}
+    return Job(
+        **values | {"offsets": Offsets(**json.loads(row.offsets)), "gpus": tuple(json.loads(row.gpus))}
+    )
 
 
 def _requested(connection: sa.Connection, request_id: str, stored: dict[str, Any]) -> sa.Row[Any] | None:
-    query = sa.select(tables.jobs).where(tables.jobs.c.request_id == request_id)
-    row = connection.execute(query).one_or_none()
+    """The `_COLUMNS` of the job that a request made. Raises InvalidArgument where `stored` is another one."""
+    query = sa.select(tables.jobs.c.id, tables.jobs.c.spec).where(tables.jobs.c.request_id == request_id)
+    found = connection.execute(query).one_or_none()
+    if found is None:
+        return None
     # Read, since fields may have been added to what was stored before.
-    if row is not None and JobSpec.model_validate(row.spec) != JobSpec.model_validate(stored):
-        raise invalid("request_id", f"{request_id!r} made another job before, {row.id}")
-    return row
+    if JobSpec.model_validate(found.spec) != JobSpec.model_validate(stored):
+        raise invalid("request_id", f"{request_id!r} made another job before, {found.id}")
+    return _row(connection, found.id)
 
 
 def _locked(connection: sa.Connection, job_id: str) -> sa.Row[Any]:
