@@ -8,8 +8,6 @@ import sys
 
 from inference_service.config import InferenceSettings
 from tandem.cli import explain, run
-from tandem.logs import set_up_logging
-from tandem.variables import warn_of_unknown
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,6 +17,9 @@ def main(argv: list[str] | None = None) -> int:
         TandemError: a setting is wrong.
     """
     settings = InferenceSettings.checked(sys.argv[1:] if argv is None else argv)
+    from tandem.logs import set_up_logging
+    from tandem.variables import warn_of_unknown
+
     set_up_logging(json=settings.log_json)
     warn_of_unknown(InferenceSettings)
     from inference_service.server import serve

@@ -6,8 +6,6 @@ import asyncio
 import sys
 
 from tandem.cli import run
-from tandem.logs import set_up_logging
-from tandem.variables import warn_of_unknown
 from trainer_service.config import TrainerSettings
 
 
@@ -18,6 +16,9 @@ def main(argv: list[str] | None = None) -> int:
         TandemError: a setting is wrong, or another service is in the way.
     """
     settings = TrainerSettings.checked(sys.argv[1:] if argv is None else argv)
+    from tandem.logs import set_up_logging
+    from tandem.variables import warn_of_unknown
+
     set_up_logging(json=settings.log_json)
     warn_of_unknown(TrainerSettings)
     from trainer_service.server import serve

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tandem.cli.arguments import Parser, client, say, with_services
-from tandem.cli.board import REWARDS
-from tandem.cli.history import history
-from tandem.client import Metrics
 from tandem.errors import invalid
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from tandem.client import Metrics
 
 Curves = dict[str, list[tuple[int, float]]]
 #: What is drawn if nothing is named, where the job has it.
@@ -35,6 +34,9 @@ def main(argv: list[str]) -> int:
     )
     options = parser.parse_args(argv)
     import matplotlib  # noqa: F401  # told of before anything is fetched
+
+    from tandem.cli.history import history
+    from tandem.client import Metrics
 
     with client(options) as tandem:
         job = tandem.job(options.job)
@@ -64,6 +66,8 @@ def chosen(curves: Curves, wanted: list[str]) -> list[str]:
     Raises:
         InvalidArgument: the job has none, or not the one that is named.
     """
+    from tandem.cli.board import REWARDS
+
     if not curves:
         raise invalid("job", "has no metrics yet")
     for name in wanted:

@@ -9,7 +9,6 @@ from tandem.cli.arguments import Parser, say
 from tandem.cli.pair import Pair
 from tandem.errors import Reason, TandemError, Unavailable
 from tandem.processes import ChildError, Interrupted, Processes
-from tandem.settings import default_address
 
 _LIVE = ("QUEUED", "STARTING", "RUNNING", "RETRYING", "CANCELLING")
 #: What the jobs get together to save and end in.
@@ -33,6 +32,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--trainer-config", metavar="FILE", help="further settings: tandem trainer --help")
     parser.add_argument("--timeout", type=float, default=900.0, metavar="S", help="seconds to load in")
     options = parser.parse_args(argv)
+    from tandem.settings import default_address
+
     addresses = {name: default_address(name) for name in ("inference", "trainer")}
     try:
         with Processes(None, {}) as processes:

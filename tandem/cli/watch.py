@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from tandem.cli.arguments import Parser, client, say, with_services
-from tandem.cli.board import Board, plain
-from tandem.client import Event, Job, JobState
+
+if TYPE_CHECKING:
+    from tandem.client import Event, Job
 
 
 def main(argv: list[str]) -> int:
@@ -25,12 +27,16 @@ def main(argv: list[str]) -> int:
 
 def follow(job: Job, *, after: int = 0, lines: bool = False) -> int:
     """Show a job's events until it is over. Returns the exit code."""
+    from tandem.client import JobState
+
     show(job, job.watch(after), lines=lines)
     return 0 if job.state is JobState.SUCCEEDED else 1
 
 
 def show(job: Job, events: Iterable[Event], *, lines: bool = False) -> None:
     """Show a job's events as they come: on a board where a terminal is, else by `lines`."""
+    from tandem.cli.board import plain
+
     if lines or not sys.stdout.isatty():
         for event in events:
             if line := plain(event):
@@ -41,6 +47,8 @@ def show(job: Job, events: Iterable[Event], *, lines: bool = False) -> None:
 
 def _draw(job: Job, events: Iterable[Event]) -> None:
     from rich.live import Live
+
+    from tandem.cli.board import Board
 
     board = Board(job)
     with Live(board, refresh_per_second=8) as live:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -97,6 +98,19 @@ print(heavy & {{module.partition(".")[0] for module in sys.modules}} or "light")
     assert done.stderr == ""
     assert done.stdout.startswith(f"usage: tandem {name}")
     assert done.stdout.splitlines()[-1] == "light"
+
+
+@pytest.mark.parametrize("name", ["", *OWN])
+def test_help_answers_at_once(name: str) -> None:
+    """In less than 200 ms of the processor, which a busy machine does not change. Caches may be cold at first."""
+    command = [sys.executable, "-m", "tandem.cli", *filter(None, [name]), "--help"]
+    took = []
+    while len(took) < 5 and min(took, default=1.0) >= 0.2:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run(command, capture_output=True, check=True, timeout=60)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        took.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(took) < 0.2, f"tandem {name} --help: {took}"
 
 
 def test_every_command_is_documented() -> None:
