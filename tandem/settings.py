@@ -5,6 +5,7 @@ Imports nothing heavy: settings are checked before anything of the service's own
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
@@ -28,6 +29,8 @@ from tandem.errors import InvalidArgument, Reason, Violation, invalid
 
 if TYPE_CHECKING:
     from tandem.rpc import ServingConfig
+
+_OF_FLAGS = "error parsing CLI: "  # the library's
 
 
 def default_address(service: str) -> str:
@@ -105,8 +108,8 @@ class ServiceSettings(BaseSettings):
 
         Raises:
             pydantic.ValidationError: a setting is wrong or unknown.
-            InvalidArgument: the file cannot be read.
-            SystemExit: --help, or a malformed flag.
+            InvalidArgument: the file cannot be read, or a flag is malformed or unknown.
+            SystemExit: --help.
         """
         files, argv = _taken("--config", argv)
         config = files[-1] if files else os.environ.get(f"{cls.model_config['env_prefix']}CONFIG")
@@ -130,15 +133,27 @@ class ServiceSettings(BaseSettings):
                     cli_kebab_case=True,
                     cli_implicit_flags=True,
                     cli_hide_none_type=True,
+                    cli_exit_on_error=False,
                 )
                 return flags, env_settings, *_file(settings_cls, config)
 
         try:
             settings: Self = Sources()
-        except SettingsError as error:  # a list or a table that is none
+        except SettingsError as error:
+            if (said := str(error)).startswith(_OF_FLAGS):
+                raise invalid("flags", cls._hinted(said.removeprefix(_OF_FLAGS))) from error
+            # A list or a table that is none.
             field = re.search(r'(?:field "|encountered for )(\w+)', str(error))
             raise invalid(field[1] if field else "settings", " ".join(str(error).split())) from error
         return settings
+
+    @classmethod
+    def _hinted(cls, said: str) -> str:
+        """What the library says of flags, with the one that was meant."""
+        flags = [f"--{name.replace('_', '-')}" for name in (*cls.model_fields, "config")]
+        given = re.search(r"--[\w-]+", said)
+        near = difflib.get_close_matches(given[0], flags, n=1) if given and given[0] not in flags else []
+        return said + (f"; did you mean {near[0]}?" if near else f" ({cls.command} --help explains)")
 
     @classmethod
     def checked(cls, argv: list[str]) -> Self:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tandem.client.tables import merge, message
+from tandem.client.tables import clear, merge, message
 from tandem.errors import invalid
 from tandem.trainer.v1.job_pb2 import JobSpec
 
@@ -21,8 +21,9 @@ def job_spec(given: Spec, changes: Mapping[str, Any] | None = None) -> JobSpec:
 
     Args:
         given: a message, a table, or the path of a file: `.json` is JSON, all else TOML.
-        changes: what the job shall have else, by paths of fields. Tables add to what is there, and lists replace it;
-            where one of several goes, such as the source of a dataset, the new one takes the old one's place.
+        changes: what the job shall have else, by paths of fields. Tables add to what is there, lists replace it, and
+            None removes it; where one of several goes, such as the source of a dataset, the new one takes the old
+            one's place.
 
     Raises:
         InvalidArgument: the file cannot be read, or names what the contract does not have; by the path in it.
@@ -41,7 +42,9 @@ def job_spec(given: Spec, changes: Mapping[str, Any] | None = None) -> JobSpec:
         table = value
         for name in reversed(path.split(".")):
             table = {name: table}
-        merge(changed, message(JobSpec, table, "job"))
+        new = message(JobSpec, table, "job")
+        clear(changed, table)  # a message cannot tell an empty list from none
+        merge(changed, new)
     return changed
 
 

@@ -79,6 +79,19 @@ def merge(old: Message, new: Message) -> None:
             setattr(old, field.name, value)
 
 
+def clear(old: Message, table: Mapping[str, Any]) -> None:
+    """Take from `old` what a table, of which `message` made one, has as None or as an empty list."""
+    fields = _fields(old.DESCRIPTOR)
+    for name, value in table.items():
+        field = fields[name]
+        if value is None or (field.is_repeated and not value and not isinstance(value, Mapping)):
+            old.ClearField(field.name)
+        elif isinstance(value, Mapping) and not field.is_repeated and old.HasField(field.name):
+            part = getattr(old, field.name)
+            if not isinstance(part, Struct):  # of which None is a value
+                clear(part, value)
+
+
 def _fill(made: Any, table: Mapping[str, Any], path: str, wrong: list[Violation]) -> None:
     if isinstance(made, Struct):
         problems = list(_unfit(table, path))

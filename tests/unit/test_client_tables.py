@@ -113,6 +113,32 @@ def test_changes_add_to_tables_and_replace_the_rest(tmp_path: Path) -> None:
     assert spec == job_spec(file, {})  # what is given stays
 
 
+def test_changes_empty_lists_and_remove_what_is_none(tmp_path: Path) -> None:
+    """Neither shows in a message: both would leave what was there."""
+    file = tmp_path / "job.toml"
+    file.write_text(WHOLE)
+    spec = job_spec(file)
+    assert spec.rewards
+    assert spec.model.lora.target_modules
+    assert spec.training.HasField("max_steps")
+    changes = {
+        "rewards": [],
+        "model.lora": {"target_modules": [], "rank": None},
+        "training.max_steps": None,
+        "labels": {},
+        "grpo.trl_options.seed": None,
+    }
+    changed = job_spec(file, changes)
+    assert not changed.rewards
+    assert changed.model.HasField("lora")
+    assert changed.model.lora == job_pb2.Lora()
+    assert not changed.training.HasField("max_steps")
+    assert dict(changed.labels) == dict(spec.labels)
+    assert changed.grpo.trl_options["seed"] is None
+    assert job_spec(file, {"hardware": None, "nash_md": {}}).WhichOneof("algorithm") == "nash_md"
+    assert spec == job_spec(file)
+
+
 def test_changes_reach_into_what_the_contract_does_not_know() -> None:
     table = {"grpo": {"trl_options": {"a": {"b": 1, "c": 2}, "d": [1, 2], "e": 1}}}
     changes = {"grpo.trl_options.a.b": 3, "grpo.trl_options": {"d": [4], "e": {}, "f": "g"}}

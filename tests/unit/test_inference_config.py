@@ -167,11 +167,18 @@ def test_a_list_in_the_environment_that_is_none_is_named(monkeypatch: pytest.Mon
     assert [violation.field for violation in raised.value.violations] == ["trainer_uids"]
 
 
-def test_an_unknown_flag_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as raised:
-        InferenceSettings.load(["--model=m", "--modle=n"])
-    assert raised.value.code == 2
-    assert capsys.readouterr().err.splitlines()[-1].endswith("unrecognized arguments: --modle=n")
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--modle=n", "unrecognized arguments: --modle=n; did you mean --model?"),
+        ("--nothing-like-it", "unrecognized arguments: --nothing-like-it (tandem inference --help explains)"),
+        ("--grace-s", "argument --grace-s: expected one argument (tandem inference --help explains)"),
+    ],
+)
+def test_a_flag_that_is_none_is_named(flag: str, said: str) -> None:
+    with pytest.raises(InvalidArgument) as raised:
+        InferenceSettings.load(["--model=m", flag])
+    assert [(v.field, v.description) for v in raised.value.violations] == [("flags", said)]
 
 
 def test_the_help_tells_every_setting(capsys: pytest.CaptureFixture[str]) -> None:

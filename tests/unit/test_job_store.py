@@ -306,10 +306,20 @@ def test_the_steps_lead_to_the_tables(store: Store) -> None:
         assert indexes == {index.name for index in table.indexes}
 
 
-@pytest.mark.parametrize("url", ["nonsense", "nosuch://x/y", "sqlite:////nowhere/at/all/jobs.db"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "nonsense",
+        "nosuch://x/y",
+        "sqlite:////nowhere/at/all/jobs.db",
+        "postgresql+psycopg://nobody@127.0.0.1:1/jobs",  # whose driver says so in several lines
+    ],
+)
 def test_a_store_that_cannot_be_is_told(url: str, tmp_path: Path) -> None:
-    with pytest.raises(InvalidArgument):
+    with pytest.raises(InvalidArgument) as raised:
         open_store(url, tmp_path).lock()
+    assert [violation.field for violation in raised.value.violations] == ["store"]
+    assert "\n" not in raised.value.message
 
 
 def test_a_lock_that_the_server_forgot_is_taken_again_or_told(tmp_path: Path) -> None:

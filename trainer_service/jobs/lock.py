@@ -12,17 +12,17 @@ from tandem.errors import FailedPrecondition, Reason, invalid
 class FileLock:
     """Held from its making to `close` or the process's end. Its text says who holds it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, field: str = "folder") -> None:
         """Take it.
 
         Raises:
             FailedPrecondition: STORE_IN_USE, another process holds it.
-            InvalidArgument: names `folder`; the file cannot be written.
+            InvalidArgument: names `field`; the file cannot be written.
         """
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise invalid("folder", f"cannot write {path}: {error.strerror}") from error
+            raise invalid(field, f"cannot write {path}: {error.strerror}") from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -73,10 +73,13 @@ def _conflicts(spec: JobSpec, prefix: str) -> list[Violation]:
 def _refusal(error: pydantic.ValidationError, prefix: str) -> InvalidArgument:
     violations = []
     for one in error.errors(include_url=False, include_context=False, include_input=False):
-        path = prefix
-        for part in one["loc"]:
-            path += f"[{part}]" if isinstance(part, int) else f".{part}"
         text = " ".join(one["msg"].removeprefix("Value error, ").split())
+        where = one["loc"]
+        if where[-1:] == ("[key]",):  # of a map, whose name is the one at fault
+            text, where = f"the name {where[-2]!r}: {text}", where[:-2]
+        path = prefix
+        for part in where:
+            path += f"[{part}]" if isinstance(part, int) else f".{part}"
         if one["type"] == "extra_forbidden":
             text = _unknown(one["loc"], text)
         violations.append(Violation(path, text))

@@ -61,7 +61,7 @@ class SqlStore(Store):
 
     def lock(self) -> None:
         if self._lite:
-            self._held = FileLock(self._path.with_suffix(".lock"))
+            self._held = FileLock(self._path.with_suffix(".lock"), "store")
         else:
             self._held = self._locked_connection()
         # Not before: a newer service must not change the tables under one that runs.
@@ -261,7 +261,7 @@ class SqlStore(Store):
         try:
             return self._engine.connect()
         except DBAPIError as error:
-            raise invalid("store", f"cannot open it: {error.orig}") from error
+            raise invalid("store", f"cannot open it: {_said(error)}") from error
 
 
 def _configure(connection: Any, record: Any) -> None:
@@ -353,8 +353,12 @@ def _told() -> Iterator[None]:
         if isinstance(
             error, OperationalError | InterfaceError
         ):  # it is locked for long, restarts, cannot be reached
-            said = " ".join(str(error.orig).split())[:500]
             raise Unavailable(
-                Reason.UNREACHABLE, f"the store does not answer: {said}", retry_after=_RETRY_S
+                Reason.UNREACHABLE, f"the store does not answer: {_said(error)}", retry_after=_RETRY_S
             ) from error
         raise
+
+
+def _said(error: DBAPIError) -> str:
+    """What the driver says, in one line."""
+    return " ".join(str(error.orig).split())[:500]
