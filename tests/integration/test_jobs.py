@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import struct
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
+from tensorboardX.proto import event_pb2
 
 from tandem.errors import FailedPrecondition, InvalidArgument, NotFound, Reason
 from tandem.rpc import translated
@@ -114,6 +117,47 @@ def test_a_cancelled_job_saves_and_is_resumed(service: JobService, place: Place,
     done = [event.metrics.step for event in rest if "reward" in event.metrics.values]
     assert done == [3]
     assert service.get(job.id).attempt == 2
+
+
+def test_a_tracker_gets_the_figures_and_completions_are_logged(
+    service: JobService, place: Place, llama: Service
+) -> None:
+    """By TRL's own means, which the job's settings reach."""
+    training = {"max_steps": 2, "save_steps": 0, "per_device_train_batch_size": 8, "max_completion_length": 8}
+    job = service.submit(
+        place.spec(
+            llama.address,
+            training=training | {"report_to": ["tensorboard"]},
+            grpo={"num_generations": 4, "trl_options": {"log_completions": True}},
+        )
+    )
+    events = list(service.watch(job.id))
+    assert states(events)[-1] == "SUCCEEDED"
+    told = {event.metrics.step: event.metrics.values for event in events if "reward" in event.metrics.values}
+    folder = Path(job.folder) / "checkpoints"
+    (file,) = folder.rglob("events.out.tfevents.*")
+    tracked = {step: value for name, step, value in scalars(file) if name == "train/reward"}
+    assert tracked == pytest.approx({step: told[step]["reward"] for step in (1, 2)})
+    printed = [event.log.text for event in events if "Completion" in event.log.text]
+    assert len(printed) == 2  # the heads of TRL's tables
+    for step in (1, 2):
+        table = pandas.read_parquet(folder / "completions" / f"completions_{step:05d}.parquet")
+        assert list(table["step"]) == [step] * 8
+        assert table["score"].mean() == pytest.approx(told[step]["reward"])
+        sampled = [one for event in events if event.samples.step == step for one in event.samples.samples]
+        assert [one.completion for one in sampled] == list(table["completion"])[: len(sampled)]
+
+
+def scalars(file: Path) -> Iterator[tuple[str, int, float]]:
+    """Name, step and value of each figure in a file of TensorBoard's: records of a length, a sum, an event, a sum."""
+    data, at = file.read_bytes(), 0
+    while at < len(data):
+        (length,) = struct.unpack_from("<Q", data, at)
+        event = event_pb2.Event.FromString(data[at + 12 : at + 12 + length])
+        at += length + 16
+        for value in event.summary.value:
+            if value.HasField("simple_value"):
+                yield value.tag, event.step, value.simple_value
 
 
 def test_two_processes_save_together_and_fail_together(

@@ -34,9 +34,9 @@ def lacking(spec: JobSpec, there: Sequence[str]) -> list[Violation]:
     training, engine = needed(spec, there)
     if training + engine <= len(there):
         return []
-    field = "job.inference.managed.gpus" if engine else "job.hardware.gpus"
-    if spec.hardware.gpus is None and training:
-        field = "job.hardware.processes"
+    field = "job.inference.managed.gpus"
+    if training > len(there):  # with or without an engine
+        field = "job.hardware.processes" if spec.hardware.gpus is None else "job.hardware.gpus"
     return [Violation(field, f"the job needs {training + engine} GPUs, and the host has {len(there)}")]
 
 
