@@ -133,38 +133,42 @@ def _dataset(spec: JobSpec) -> Iterator[Violation]:
 
     data = spec.dataset
     if data.hub is not None:
-        yield from _tried("job.dataset.hub", lambda: _hub_columns(spec), spec)
+        yield from _tried("job.dataset.hub", lambda: _hub_row(spec), spec)
     elif data.json_lines is not None:
-        yield from _tried("job.dataset.json_lines", lambda: _json_columns(data.json_lines or ""), spec)
+        yield from _tried("job.dataset.json_lines", lambda: _json_row(data.json_lines or ""), spec)
     elif data.parquet is not None:
-        yield from _tried("job.dataset.parquet", lambda: _parquet_columns(data.parquet or ""), spec)
+        yield from _tried("job.dataset.parquet", lambda: _parquet_row(data.parquet or ""), spec)
     else:
         yield from _tried("job.dataset.reasoning_gym", lambda: build.tasks(data, 1)[0])
 
 
-def _hub_columns(spec: JobSpec) -> Any:
+def _hub_row(spec: JobSpec) -> Any:
+    """The columns, as `_columns` takes them: no row is read before the job is taken."""
     import datasets  # type: ignore[import-untyped]
 
     hub = spec.dataset.hub
     if hub is None:
         return None
     builder = datasets.load_dataset_builder(hub.path, hub.config, revision=hub.revision)
-    return list(builder.info.features) if builder.info.features else None
+    return dict.fromkeys(builder.info.features) if builder.info.features else None
 
 
-def _json_columns(path: str) -> Any:
+def _json_row(path: str) -> Any:
     with Path(path).open("rb") as file:
         first = next((line for line in file if line.strip()), b"")
     row = json.loads(first) if first else None
     if not isinstance(row, dict):
         raise ValueError("its first line is no JSON object")
-    return list(row)
+    return row
 
 
-def _parquet_columns(path: str) -> Any:
+def _parquet_row(path: str) -> Any:
     import pyarrow.parquet  # type: ignore[import-untyped]
 
-    return pyarrow.parquet.read_schema(path).names
+    with pyarrow.parquet.ParquetFile(path) as file:
+        if not file.metadata.num_rows:
+            raise ValueError("it has no rows")
+        return next(file.iter_batches(batch_size=1)).to_pylist()[0]
 
 
 def _rewards(spec: JobSpec) -> Iterator[Violation]:
@@ -227,30 +231,43 @@ def _target(spec: JobSpec) -> Iterator[Violation]:
 
 
 def _tried(field: str, attempt: Callable[[], Any], spec: JobSpec | None = None) -> Iterator[Violation]:
-    """What `attempt` raises, as a violation of the field. With `spec`, it returns the dataset's columns."""
+    """What `attempt` raises, as a violation of the field. With `spec`, it returns the dataset's first row."""
     try:
-        columns = attempt()
+        row = attempt()
     except InvalidArgument as error:
         yield from error.violations
     except Exception as error:  # noqa: BLE001  # of libraries, and of users' modules
         yield Violation(field, _why(error))
     else:
-        if spec is not None and columns is not None:
-            yield from _columns(list(columns), spec.dataset.columns)
+        if spec is not None and row is not None:
+            yield from _columns(row, spec.dataset.columns, field)
 
 
-def _columns(there: list[str], renamed: dict[str, str]) -> Iterator[Violation]:
+def _columns(row: dict[str, Any], renamed: dict[str, str], field: str) -> Iterator[Violation]:
+    """What is wrong with a dataset that has such rows. What is None in it is not known."""
     for name in renamed:
-        if name not in there:
-            yield Violation(f"job.dataset.columns.{name}", f"there is no such column: {', '.join(there)}")
-    if "prompt" not in [renamed.get(name, name) for name in there]:
-        yield Violation("job.dataset.columns", f"no column is the prompt: there are {', '.join(there)}")
+        if name not in row:
+            yield Violation(f"job.dataset.columns.{name}", f"there is no such column: {', '.join(row)}")
+    prompts = [name for name in row if renamed.get(name, name) == "prompt"]
+    if not prompts:
+        yield Violation("job.dataset.columns", f"no column is the prompt: there are {', '.join(row)}")
+    elif (prompt := row[prompts[0]]) is not None and not _is_prompt(prompt):
+        text = f"{prompts[0]} is neither text nor a list of messages in its first row: {prompt!r}"
+        yield Violation(field, text[:1000])
+
+
+def _is_prompt(value: Any) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(isinstance(message, dict) and "role" in message for message in value)
+    return isinstance(value, str)
 
 
 def _why(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return " ".join(f"{type(error).__name__}: {error}".split())[:1000]
+    # A ValueError is of a value, as all that is told here; another type says more.
+    kind = "" if type(error) is ValueError and str(error) else f"{type(error).__name__}: "
+    return " ".join(f"{kind}{error}".split())[:1000]
 
 
 def _answer(line: str) -> list[dict[str, str]]:
