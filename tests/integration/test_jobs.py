@@ -148,6 +148,22 @@ def test_a_tracker_gets_the_figures_and_completions_are_logged(
         assert [one.completion for one in sampled] == list(table["completion"])[: len(sampled)]
 
 
+def test_a_dataset_that_gives_no_batch_is_no_success(
+    service: JobService, place: Place, llama: Service, tmp_path: Path
+) -> None:
+    """How many prompts it has is known once it is loaded. transformers would end after no step, without an error."""
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a"}\n')
+    job = service.submit(place.spec(llama.address, dataset={"hub": {"path": str(tmp_path)}}))
+    service.wait_for(job.id, "FAILED")
+    said = "the dataset has too few prompts for a batch: 0 of 2 steps are done"
+    assert service.get(job.id).reason == said
+
+    few = {"json_lines": str(tmp_path / "train.jsonl")}
+    with pytest.raises(InvalidArgument, match="has 1 prompts, and one generation takes 2") as raised:
+        service.submit(place.spec(llama.address, dataset=few))
+    assert [violation.field for violation in raised.value.violations] == ["job.dataset.json_lines"]
+
+
 def scalars(file: Path) -> Iterator[tuple[str, int, float]]:
     """Name, step and value of each figure in a file of TensorBoard's: records of a length, a sum, an event, a sum."""
     data, at = file.read_bytes(), 0

@@ -11,7 +11,8 @@ import pyarrow.parquet
 import pytest
 
 from tests.jobs import spec
-from trainer_service.jobs.check import _dataset
+from trainer_service.jobs.check import _dataset, _enough
+from trainer_service.jobs.spec import Dataset
 
 CHAT = [{"role": "user", "content": "2 + 3"}]
 
@@ -56,6 +57,23 @@ def test_a_file_that_has_no_row(tmp_path: Path, content: str, text: str) -> None
     file = tmp_path / "a.jsonl"
     file.write_text(content)
     assert wrong(json_lines=str(file)) == {"job.dataset.json_lines": text}
+
+
+def test_a_dataset_has_the_prompts_of_one_generation(tmp_path: Path) -> None:
+    lines, table = tmp_path / "a.jsonl", tmp_path / "a.parquet"
+    lines.write_text('{"prompt": "a"}\n\n{"prompt": "b"}')
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a", "b"]}), table)
+    for source, field in (
+        ({"json_lines": str(lines)}, "job.dataset.json_lines"),
+        ({"parquet": str(table)}, "job.dataset.parquet"),
+        ({"reasoning_gym": {"task": "basic_arithmetic", "size": 2}}, "job.dataset.reasoning_gym.size"),
+    ):
+        data = Dataset.model_validate(source)
+        assert list(_enough(data, 2)) == []
+        (found,) = _enough(data, 3)
+        assert (found.field, found.description) == (field, "has 2 prompts, and one generation takes 3")
+    for gone in ("json_lines", "parquet"):  # which is told by another check
+        assert list(_enough(Dataset.model_validate({gone: "/nowhere"}), 3)) == []
 
 
 def test_a_table_that_has_no_row(tmp_path: Path) -> None:

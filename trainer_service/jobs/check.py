@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import itertools
 import json
 import os
 import sys
@@ -25,7 +26,7 @@ import pydantic
 
 from tandem.errors import InvalidArgument, Violation
 from trainer_service.jobs.configure import OWN, arguments, given_options
-from trainer_service.jobs.spec import JobSpec
+from trainer_service.jobs.spec import PAIRWISE, Dataset, JobSpec
 
 #: Of a configuration that is only tried, fields that would look for a GPU.
 _DEVICE = ("bf16", "fp16", "tf32", "bf16_full_eval", "fp16_full_eval")
@@ -96,7 +97,7 @@ def _constructed(spec: JobSpec, config: type[Any]) -> Iterator[Violation]:
     values = arguments(spec, Path(tempfile.gettempdir()), cpu=True)
     values = {name: value for name, value in values.items() if name not in _DEVICE} | {"bf16": False}
     try:
-        config(**values)
+        made = config(**values)
     except Exception as error:  # noqa: BLE001  # whatever TRL raises
         text = " ".join(str(error).split())[:1000]
         paths = {name: path for name, (path, _) in given_options(spec).items()}
@@ -108,6 +109,29 @@ def _constructed(spec: JobSpec, config: type[Any]) -> Iterator[Violation]:
             spec.algorithm,
         )
         yield Violation(f"job.{named}", text or type(error).__name__)
+    else:
+        if spec.algorithm not in PAIRWISE:
+            yield from _enough(spec.dataset, made.generation_batch_size // made.num_generations)
+
+
+def _enough(data: Dataset, needed: int) -> Iterator[Violation]:
+    """Whether a dataset has the prompts of one generation. TRL leaves out what is less, and would train on nothing."""
+    with contextlib.suppress(Exception):  # what is wrong with the dataset, `_dataset` tells
+        if data.json_lines is not None:
+            with Path(data.json_lines).open("rb") as file:
+                rows = sum(1 for _ in itertools.islice((line for line in file if line.strip()), needed))
+            field = "json_lines"
+        elif data.parquet is not None:
+            import pyarrow.parquet  # type: ignore[import-untyped]
+
+            rows, field = pyarrow.parquet.read_metadata(data.parquet).num_rows, "parquet"
+        elif data.reasoning_gym is not None:
+            rows, field = data.reasoning_gym.size, "reasoning_gym.size"
+        else:  # a hub's is known once it is loaded
+            return
+        if rows < needed:
+            text = f"has {rows} prompts, and one generation takes {needed}"
+            yield Violation(f"job.dataset.{field}", text)
 
 
 def _model(spec: JobSpec) -> Iterator[Violation]:

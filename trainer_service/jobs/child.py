@@ -46,7 +46,13 @@ def main(argv: list[str]) -> int:
         events = EventLog(folder, attempt) if main_process else None
         report = Report(folder, events, stop_file=folder.stop_file(attempt))
         _train(folder, attempt, report)
-        outcome = Outcome.STOPPED if report.stopping and not _is_done(report) else Outcome.SUCCEEDED
+        if _is_done(report):
+            outcome = Outcome.SUCCEEDED
+        elif report.stopping:
+            outcome = Outcome.STOPPED
+        else:  # transformers warns of it, and returns as from a whole training
+            done = f"{report.state.global_step} of {report.state.max_steps} steps are done"
+            reason = f"the dataset has too few prompts for a batch: {done}"
     except Stopped:
         outcome = Outcome.STOPPED
     except BaseException as error:  # noqa: BLE001  # whatever it is, the service is told
