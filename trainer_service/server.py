@@ -46,10 +46,11 @@ async def serve(settings: TrainerSettings) -> None:
             standby=settings.standby,
         )
         supervisor = Supervisor(store, folder / "jobs", limits)
+        servicer = TrainingJobServicer(supervisor)
         serving = Serving(settings.serving_config())
         serving.add(
             trainer_pb2_grpc.add_TrainingJobServiceServicer_to_server,
-            TrainingJobServicer(supervisor),
+            servicer,
             JOBS,
             long_lived=["WatchJob"],
         )
@@ -58,6 +59,7 @@ async def serve(settings: TrainerSettings) -> None:
         serving.on_stop(supervisor.stop)
         try:
             await supervisor.start()
+            await servicer.read()
         except BaseException:
             serving.request_stop(now=True)
             await serving.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -36,6 +37,11 @@ class TrainingJobServicer(trainer_pb2_grpc.TrainingJobServiceServicer):
 
     def __init__(self, supervisor: Supervisor) -> None:
         self._jobs = supervisor
+
+    async def read(self) -> None:
+        """Read the newest jobs, so that the first list is as quick as those after it."""
+        found = await self._jobs.find(states=(), labels={}, limit=_MAX_PAGE, before=0)
+        await asyncio.to_thread(lambda: [self._message(job) for job in found])
 
     async def CreateJob(self, request: pb.CreateJobRequest, context: Any) -> pb.CreateJobResponse:
         if len(request.request_id.encode()) > _MAX_REQUEST_ID:

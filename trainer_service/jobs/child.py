@@ -101,7 +101,10 @@ def _failure(error: BaseException, folder: JobFolder) -> tuple[Outcome, str]:
         return Outcome.DIED if passing else Outcome.FAILED, str(error).partition("\n")[0]
     if isinstance(error, OtherRankError):  # it says what the other rank does
         return Outcome.FAILED, _first_line(error)
-    return Outcome.FAILED, f"{type(error).__name__}: {_first_line(error)}"
+    said = f"{type(error).__name__}: {_first_line(error)}"
+    if (cause := error.__cause__) is not None:  # a library's own words may say no more than that it failed
+        said += f"; {type(cause).__name__}: {_first_line(cause)}"
+    return Outcome.FAILED, said
 
 
 def _first_line(error: BaseException) -> str:
