@@ -22,6 +22,7 @@ from tandem.errors import (
     ResourceExhausted,
     Unavailable,
 )
+from tests.disks import fill, small_disk
 from tests.jobs import spec
 from tests.postgres import empty, end_connections, postgres
 from trainer_service.jobs import sql, tables
@@ -289,6 +290,20 @@ def test_a_full_disk_is_told_and_nothing_is_lost(tmp_path: Path) -> None:
         store.create("job-2", spec(labels={"much": "y" * 100_000}))
     assert [job.id for job in store.find()] == ["job-1"]
     store.close()
+
+
+def test_a_store_on_a_full_disk_is_told(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 1) as disk:
+        filler = fill(disk)
+        for _ in range(2):  # the first one left nothing that holds the lock
+            with pytest.raises(ResourceExhausted) as raised:
+                open_store("", disk).lock()
+            assert raised.value.reason is Reason.DISK_FULL
+        filler.unlink()
+        store = open_store("", disk)
+        store.lock()
+        assert store.create("job-1", spec()).number == 1
+        store.close()
 
 
 def test_the_steps_lead_to_the_tables(store: Store) -> None:

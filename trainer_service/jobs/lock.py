@@ -6,7 +6,8 @@ import fcntl
 import os
 from pathlib import Path
 
-from tandem.errors import FailedPrecondition, Reason, invalid
+from tandem.errors import FailedPrecondition, Reason, ResourceExhausted, invalid
+from trainer_service.jobs.folder import is_full
 
 
 class FileLock:
@@ -18,6 +19,7 @@ class FileLock:
         Raises:
             FailedPrecondition: STORE_IN_USE, another process holds it.
             InvalidArgument: names `field`; the file cannot be written.
+            ResourceExhausted: DISK_FULL.
         """
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -33,8 +35,14 @@ class FileLock:
                 f"another trainer service, process {holder or 'unknown'}, holds {path}",
                 metadata={"path": str(path), "pid": holder},
             ) from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        try:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        except OSError as error:
+            os.close(descriptor)
+            if is_full(error):
+                raise ResourceExhausted(Reason.DISK_FULL, f"the disk of {path} is full") from error
+            raise invalid(field, f"cannot write {path}: {error.strerror}") from error
         self._descriptor = descriptor
 
     def close(self) -> None:
