@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from google.protobuf import json_format, struct_pb2, timestamp_pb2
+from google.protobuf.unknown_fields import UnknownFieldSet
 
+from tandem.errors import Violation
 from tandem.trainer.v1 import job_pb2 as pb
 from tandem.trainer.v1 import trainer_pb2
 from trainer_service.jobs.folder import Checkpoint
-from trainer_service.jobs.reading import read
+from trainer_service.jobs.reading import read, refusal
 from trainer_service.jobs.spec import JobSpec
 from trainer_service.jobs.states import JobState
 from trainer_service.jobs.store import Event, EventKind, Job
@@ -25,6 +28,8 @@ _specs: dict[int, tuple[JobSpec, pb.JobSpec]] = {}
 
 def spec_of(message: pb.JobSpec) -> JobSpec:
     """Read a job. Raises InvalidArgument, naming each field at fault by its path under `job`."""
+    if wrong := list(_unreadable(message, "job")):
+        raise refusal(wrong)
     return read(_table(message), "job")
 
 
@@ -107,6 +112,36 @@ def _time(seconds: float) -> timestamp_pb2.Timestamp:
     message = timestamp_pb2.Timestamp()
     message.FromNanoseconds(int(seconds * 1e9))
     return message
+
+
+def _unreadable(message: Any, path: str) -> Iterator[Violation]:
+    """What `_table` would leave out, or could not read."""
+    if isinstance(message, struct_pb2.Struct):
+        for name, value in message.fields.items():
+            yield from _not_finite(value, f"{path}.{name}")
+        return
+    for unknown in UnknownFieldSet(message):
+        yield Violation(
+            f"{path}.{unknown.field_number}",
+            "this service knows no field of this number: it may be older than its caller",
+        )
+    for field, value in message.ListFields():
+        if field.message_type is None or field.message_type.GetOptions().map_entry:
+            continue
+        for index, item in enumerate(value if field.is_repeated else [value]):
+            at = f"{path}.{field.name}"
+            yield from _unreadable(item, f"{at}[{index}]" if field.is_repeated else at)
+
+
+def _not_finite(value: struct_pb2.Value, path: str) -> Iterator[Violation]:
+    match value.WhichOneof("kind"):
+        case "number_value" if not math.isfinite(value.number_value):
+            yield Violation(path, f"must be a finite number, is {value.number_value}")
+        case "struct_value":
+            yield from _unreadable(value.struct_value, path)
+        case "list_value":
+            for index, item in enumerate(value.list_value.values):
+                yield from _not_finite(item, f"{path}[{index}]")
 
 
 def _table(message: Any) -> dict[str, Any]:

@@ -27,6 +27,8 @@ from trainer_service.messages import (
 _PAGE = 100
 _MAX_PAGE = 1000
 _MAX_REQUEST_ID = 128
+_MAX_LABELS = 64  # of a filter
+_NUL = "\0"  # which no database takes into a text
 #: Events of one message.
 _BATCH = 64
 _STATES = {value: state for state, value in STATES.items()}
@@ -46,6 +48,8 @@ class TrainingJobServicer(trainer_pb2_grpc.TrainingJobServiceServicer):
     async def CreateJob(self, request: pb.CreateJobRequest, context: Any) -> pb.CreateJobResponse:
         if len(request.request_id.encode()) > _MAX_REQUEST_ID:
             raise invalid("request_id", f"has more than {_MAX_REQUEST_ID} bytes")
+        if _NUL in request.request_id:
+            raise invalid("request_id", "has a character NUL")
         if not request.HasField("job"):
             raise invalid("job", "is required")
         spec = spec_of(request.job)
@@ -63,6 +67,10 @@ class TrainingJobServicer(trainer_pb2_grpc.TrainingJobServiceServicer):
         size = request.page_size if request.HasField("page_size") else _PAGE
         if not 1 <= size <= _MAX_PAGE:
             raise invalid("page_size", f"must be from 1 to {_MAX_PAGE}, is {size}")
+        if len(request.labels) > _MAX_LABELS:
+            raise invalid("labels", f"has more than {_MAX_LABELS}")
+        if any(_NUL in text for label in request.labels.items() for text in label):
+            raise invalid("labels", "has a character NUL, as no job's have")
         found = await self._jobs.find(
             states=[_state(value, f"states[{i}]") for i, value in enumerate(request.states)],
             labels=dict(request.labels),
@@ -109,6 +117,8 @@ class TrainingJobServicer(trainer_pb2_grpc.TrainingJobServiceServicer):
 def _job_id(request: Any) -> str:
     if not request.job_id:
         raise invalid("job_id", "is required")
+    if _NUL in request.job_id:
+        raise invalid("job_id", "has a character NUL, as no job's has")
     return str(request.job_id)
 
 
@@ -122,6 +132,9 @@ def _before(token: str) -> int:
     if not token:
         return 0
     try:
-        return int(base64.urlsafe_b64decode(token.encode()).decode("ascii"))
+        number = int(base64.urlsafe_b64decode(token.encode()).decode("ascii"))
     except ValueError:
-        raise invalid("page_token", "is none that a response had") from None
+        number = 0
+    if not 0 < number < 2**63:
+        raise invalid("page_token", "is none that a response had")
+    return number

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,11 @@ async def test_a_job_that_is_not_there(channel: grpc.aio.Channel, method: str) -
         assert error.reason is reason
 
 
+def token(text: str) -> str:
+    """A page token as the service makes them."""
+    return base64.urlsafe_b64encode(text.encode()).decode()
+
+
 @pytest.mark.parametrize(
     ("method", "request_", "field"),
     [
@@ -98,7 +104,13 @@ async def test_a_job_that_is_not_there(channel: grpc.aio.Channel, method: str) -
         ("ListJobs", pb.ListJobsRequest(page_size=0), "page_size"),
         ("ListJobs", pb.ListJobsRequest(page_size=1001), "page_size"),
         ("ListJobs", pb.ListJobsRequest(page_token="%"), "page_token"),
+        ("ListJobs", pb.ListJobsRequest(page_token=token("9" * 30)), "page_token"),
+        ("ListJobs", pb.ListJobsRequest(page_token=token("-1")), "page_token"),
         ("ListJobs", pb.ListJobsRequest(states=[77]), "states[0]"),
+        ("ListJobs", pb.ListJobsRequest(labels={str(i): "x" for i in range(65)}), "labels"),
+        ("ListJobs", pb.ListJobsRequest(labels={"a": "\0"}), "labels"),
+        ("GetJob", pb.GetJobRequest(job_id="\0"), "job_id"),
+        ("CreateJob", pb.CreateJobRequest(request_id="\0", job=job_pb2.JobSpec()), "request_id"),
         ("WatchJob", pb.WatchJobRequest(job_id="x", kinds=[1, 99]), "kinds[1]"),
     ],
 )
@@ -109,6 +121,25 @@ async def test_bad_input_names_its_field(
     error = await refusal(call.read() if method == "WatchJob" else call)
     assert isinstance(error, InvalidArgument)
     assert field in [violation.field for violation in error.violations]
+
+
+async def test_what_no_table_of_a_job_has_is_told_and_not_left_out(channel: grpc.aio.Channel) -> None:
+    """Another language's client may send it: fields of a newer contract, and numbers that JSON does not have."""
+    job = json_format.ParseDict(table(), job_pb2.JobSpec())
+    job.training.MergeFromString(b"\xa0\x06\x01")  # the field 100
+    job.rewards[0].MergeFromString(b"\xa2\x06\x01x")
+    options = job.grpo.trl_options
+    options.fields["a"].number_value = float("nan")
+    options.fields["b"].struct_value.fields["c"].list_value.values.add().number_value = float("inf")
+    error = await refusal(Stub(channel).CreateJob(pb.CreateJobRequest(job=job)))
+    assert isinstance(error, InvalidArgument)
+    unknown = "this service knows no field of this number: it may be older than its caller"
+    assert {violation.field: violation.description for violation in error.violations} == {
+        "job.rewards[0].100": unknown,
+        "job.training.100": unknown,
+        "job.grpo.trl_options.a": "must be a finite number, is nan",
+        "job.grpo.trl_options.b.c[0]": "must be a finite number, is inf",
+    }
 
 
 async def test_pages(channel: grpc.aio.Channel, store: Store) -> None:

@@ -69,6 +69,7 @@ def test_each_algorithm_may_be_chosen(algorithm: str) -> None:
             {"model": {"path": "/m", "lora": {"mode": "both"}}},
             {"job.model.lora.mode": "Input should be 'merged' or 'adapter'"},
         ),
+        ({"model": {"path": "a\0b"}}, {"job.model.path": "has a character NUL"}),
         ({"labels": {"": "x"}}, {"job.labels": "the name '': String should have at least 1 character"}),
         ({"hardware": {"cpu": True, "gpus": 1}}, {"job.hardware.gpus": "a training on the CPU has none"}),
     ],

@@ -52,7 +52,14 @@ def _importable(value: str) -> str:
     return value
 
 
-Text = Annotated[str, Field(min_length=1)]
+def _plain(value: str) -> str:
+    if "\0" in value:
+        raise ValueError("has a character NUL")
+    return value
+
+
+Plain = Annotated[str, AfterValidator(_plain)]
+Text = Annotated[str, Field(min_length=1), AfterValidator(_plain)]
 Address = Annotated[str, AfterValidator(_address)]
 Importable = Annotated[str, AfterValidator(_importable)]
 
@@ -101,7 +108,7 @@ class Dataset(Part):
     json_lines: Text | None = None
     parquet: Text | None = None
     reasoning_gym: ReasoningGym | None = None
-    columns: dict[str, str] = {}
+    columns: dict[Plain, Plain] = {}
 
     @model_validator(mode="after")
     def _source(self) -> Self:
@@ -277,7 +284,7 @@ class JobSpec(Part):
     xpo: Xpo | None = None
     hardware: Hardware = Hardware()
     max_retries: Count = 3
-    labels: dict[Text, str] = {}
+    labels: dict[Text, Plain] = {}
 
     @model_validator(mode="after")
     def _algorithm(self) -> Self:
