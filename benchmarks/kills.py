@@ -4,7 +4,8 @@ Each job is compared with one of its kind that was never killed: its rollouts, t
 weights, and, with an engine of its own, the weight versions; and its account of rollouts is checked. Before each kill
 no job may have two trainings.
 
-python -m benchmarks.kills [--kills 200] [--minutes M] [--seed S] [--out FILE] [--keep FOLDER]
+python -m benchmarks.kills [--kills 200] [--minutes M] [--seed S] [--engines shared|own|both] [--out FILE]
+    [--keep FOLDER]
 """
 
 from __future__ import annotations
@@ -39,14 +40,15 @@ MODULES = {
     "engine": "inference_service",
     "service": "",
 }
+_ENGINES = ("shared", "own")
 _ENDED = (job_pb2.JOB_STATE_SUCCEEDED, job_pb2.JOB_STATE_FAILED, job_pb2.JOB_STATE_CANCELLED)
 
 
 class Services:
-    """The trainer service, which is started again when it was killed."""
+    """The trainer service, which is started again when it was killed: with a standby process, or without."""
 
-    def __init__(self, folder: Path, place: Place) -> None:
-        self._folder, self._place = folder, place
+    def __init__(self, folder: Path, place: Place, dice: random.Random) -> None:
+        self._folder, self._place, self._dice = folder, place, dice
         self._stack = ExitStack()
         self.now = self._start()
 
@@ -60,7 +62,8 @@ class Services:
         self._stack.close()
 
     def _start(self) -> JobService:
-        return self._stack.enter_context(job_service(self._folder, self._place, "--standby=1"))
+        standby = f"--standby={self._dice.randrange(2)}"
+        return self._stack.enter_context(job_service(self._folder, self._place, standby))
 
 
 def main() -> None:
@@ -70,6 +73,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments and of what is killed")
     default = Path("benchmarks/results/kills.json")
     parser.add_argument("--out", type=Path, default=default, help="each run is added to those that it has")
+    parser.add_argument(
+        "--engines",
+        choices=[*_ENGINES, "both"],
+        default="both",
+        help="whose the jobs' engines are (default both)",
+    )
     parser.add_argument("--keep", type=Path, help="folders of jobs that went wrong are copied into it")
     arguments = parser.parse_args()
     found = Found(arguments.seed, arguments.out)
@@ -81,10 +90,12 @@ def main() -> None:
         shared = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tdi")))
         engine = stack.enter_context(inference_service(model, shared, f"--reference-model={model}"))
         place = Place(folder / "place", model)
-        services = Services(folder, place)
+        services = Services(folder, place, dice)
         stack.callback(services.close)
         whole: dict[tuple[str, str], Run] = {}
-        kinds = [(algorithm, address) for algorithm in ALGORITHMS for address in (engine.address, "")]
+        addresses = dict(zip(_ENGINES, (engine.address, ""), strict=True))
+        chosen = [addresses[name] for name in _ENGINES if arguments.engines in (name, "both")]
+        kinds = [(algorithm, address) for algorithm in ALGORITHMS for address in chosen]
         while (
             sum(found.kills.values()) < arguments.kills and time.monotonic() - begin < 60 * arguments.minutes
         ):
