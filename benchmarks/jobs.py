@@ -1,6 +1,6 @@
 """How long jobs take to start, to be listed and to be watched: figures to benchmarks/results/jobs.json.
 
-python -m benchmarks.jobs [--jobs N] [--out FILE]
+python -m benchmarks.jobs [--part list|start|watch]... [--jobs N] [--out FILE]
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from tests.services import inference_service
 from trainer_service.jobs.states import Move
 from trainer_service.jobs.store import open_store
 
+PARTS = ["list", "start", "watch"]
 LISTED = 1000
 WATCHERS = 100
 WATCHED_STEPS = 60
@@ -39,20 +40,28 @@ _IDLE_S = 2.0
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.jobs", description=__doc__)
+    parser.add_argument(
+        "--part", action="append", choices=PARTS, help="measure this alone, and keep the others"
+    )
     parser.add_argument("--jobs", type=int, default=10, help="to start with a standby process, and without")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/jobs.json"))
     arguments = parser.parse_args()
-    results = provenance()
+    parts = arguments.part or PARTS
+    results = json.loads(arguments.out.read_text()) if arguments.part and arguments.out.exists() else {}
     with tempfile.TemporaryDirectory(prefix="tdb") as name:
         folder = Path(name)
         place = Place(folder / "place", models.make(folder / "llama", "llama"))
-        results["list"] = listing(folder / "l", place)
-        with inference_service(place.model, folder / "i") as engine:
-            results["start"] = {
-                "standby": starts(folder / "s", place, engine.address, arguments.jobs, 1),
-                "no standby": starts(folder / "c", place, engine.address, arguments.jobs, 0),
-            }
-            results["watch"] = watching(folder / "w", place, engine.address)
+        if "list" in parts:
+            results["list"] = provenance() | listing(folder / "l", place)
+        if parts != ["list"]:
+            with inference_service(place.model, folder / "i") as engine:
+                if "start" in parts:
+                    results["start"] = provenance() | {
+                        "standby": starts(folder / "s", place, engine.address, arguments.jobs, 1),
+                        "no standby": starts(folder / "c", place, engine.address, arguments.jobs, 0),
+                    }
+                if "watch" in parts:
+                    results["watch"] = provenance() | watching(folder / "w", place, engine.address)
     arguments.out.write_text(json.dumps(results, indent=2) + "\n")
     print(json.dumps(results, indent=2))
 
