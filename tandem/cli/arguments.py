@@ -41,8 +41,8 @@ def with_services(parser: Parser, *services: str) -> Parser:
     return parser
 
 
-def client(options: argparse.Namespace) -> TandemClient:
-    """The client that the flags describe.
+def client(options: argparse.Namespace, timeout_s: float = 30.0) -> TandemClient:
+    """The client that the flags describe. `timeout_s` is the deadline in seconds of each call.
 
     Raises:
         InvalidArgument: one of them is malformed.
@@ -55,7 +55,7 @@ def client(options: argparse.Namespace) -> TandemClient:
         getattr(options, "trainer", None),
         getattr(options, "inference", None),
         read_token(Path(file)) if file else None,
-        timeout_s=30.0,
+        timeout_s=timeout_s,
         ca_file=options.ca_file,
     )
 

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 _HEAD = ("JOB", "STATE", "ALGORITHM", "STEP", "AGE", "REASON")
 
+#: What a check may take: its process loads TRL when the service starts, and it may ask the Hugging Face hub.
+_CHECK_S = 150.0
+
 
 def submit(argv: list[str]) -> int:
     """Submit a job file, and write the job's id."""
@@ -37,7 +40,7 @@ def submit(argv: list[str]) -> int:
     from tandem.client import job_spec
 
     spec = job_spec(options.file, assignments(options.set, "set"))
-    with client(options) as tandem:
+    with client(options, timeout_s=_CHECK_S) as tandem:
         if options.check:
             tandem.check(spec)
             say("it would be taken")

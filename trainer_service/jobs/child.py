@@ -30,11 +30,15 @@ def main(argv: list[str]) -> int:
     single = int(os.environ.get("WORLD_SIZE", "1")) == 1
     main_process = int(os.environ.get("RANK", "0")) == 0
     report: Any = None
+    told = False
 
     def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal told
+        told = True
+        if report is not None:
+            report.stopping = True
         if report is None or not report.training:
             raise Stopped
-        report.stopping = True
         os.write(2, TOLD)  # as a handler may
 
     if single:  # several are told by a file, which `Report` reads: they have to end after the same step
@@ -45,6 +49,7 @@ def main(argv: list[str]) -> int:
 
         events = EventLog(folder, attempt) if main_process else None
         report = Report(folder, events, stop_file=folder.stop_file(attempt))
+        report.stopping = told  # a library may have swallowed what the handler raised in its midst
         _train(folder, attempt, report)
         if _is_done(report):
             outcome = Outcome.SUCCEEDED
@@ -56,9 +61,12 @@ def main(argv: list[str]) -> int:
     except Stopped:
         outcome = Outcome.STOPPED
     except BaseException as error:  # noqa: BLE001  # whatever it is, the service is told
-        with contextlib.suppress(OSError):  # of a full disk, to which the output goes
-            traceback.print_exc()
-        outcome, reason = _failure(error, folder)
+        if told and (report is None or not report.training):  # it may have made another error of it, too
+            outcome = Outcome.STOPPED
+        else:
+            with contextlib.suppress(OSError):  # of a full disk, to which the output goes
+                traceback.print_exc()
+            outcome, reason = _failure(error, folder)
     _flush()
     if main_process or outcome is Outcome.FAILED:
         folder.tell_outcome(attempt, outcome, reason)
