@@ -120,7 +120,8 @@ def _unreadable(message: Any, path: str) -> Iterator[Violation]:
         for name, value in message.fields.items():
             yield from _not_finite(value, f"{path}.{name}")
         return
-    for unknown in UnknownFieldSet(message):
+    unknown_fields: Any = UnknownFieldSet(message)  # whose stub has no iterator
+    for unknown in unknown_fields:
         yield Violation(
             f"{path}.{unknown.field_number}",
             "this service knows no field of this number: it may be older than its caller",

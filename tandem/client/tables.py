@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
@@ -81,7 +81,7 @@ def merge(old: Message, new: Message) -> None:
 
 def clear(old: Message, table: Mapping[str, Any]) -> None:
     """Take from `old` what a table, of which `message` made one, has as None or as an empty list."""
-    fields = _fields(old.DESCRIPTOR)
+    fields = _fields(cast(Descriptor, old.DESCRIPTOR))
     for name, value in table.items():
         field = fields[name]
         if value is None or (field.is_repeated and not value and not isinstance(value, Mapping)):

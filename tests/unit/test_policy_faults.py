@@ -37,10 +37,12 @@ FAULTS = [
     (in_place, "pause keep", C),
     (in_place, "tandem_reload", T),
     (in_place, "count", T),
+    (in_place, "forget", T),  # what an older version left would be read with the new one
     (in_place_aliased, "tandem_reload", T),
     (staged, "pause keep", C),
     (staged, "tandem_reload", T),
     (staged, "count", T),
+    (staged, "forget", T),
     (restored, "pause keep", C),
     (lost, "abort", T),
 ]

@@ -187,7 +187,7 @@ def _json_row(path: str) -> Any:
 
 
 def _parquet_row(path: str) -> Any:
-    import pyarrow.parquet  # type: ignore[import-untyped]
+    import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(path) as file:
         if not file.metadata.num_rows:
