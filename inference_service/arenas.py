@@ -65,6 +65,9 @@ class EngineArenas(ABC):
         """UUIDs of the GPUs that hold the policy, each once; none for host memory."""
         return tuple(dict.fromkeys(handle.gpu for handle in self.handles if handle.gpu))
 
+    def close(self) -> None:  # noqa: B027  # most have nothing to let go of
+        """Let go of the workers, which are about to end."""
+
     @abstractmethod
     async def find_digest(self) -> int:
         """Digest of the whole policy as the engine holds it. Reads every byte."""

@@ -36,6 +36,9 @@ class DeviceArenas(EngineArenas):
         for handle in self._handles:
             os.close(handle.fd)
 
+    def close(self) -> None:
+        self.link.close()
+
     @property
     def handles(self) -> list[Handle]:
         return self._handles

@@ -93,6 +93,10 @@ class Receiving:
             torch.cuda.current_stream(device).synchronize()
         return {}
 
+    def rest(self) -> None:
+        """Give back what the next update can have anew in no time: the memory beside the live weights."""
+        self._stage = None
+
     def leave(self) -> None:
         """Give up the communicator, and what was staged."""
         communicator, self._communicator = self._communicator, None

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _BEAT_S = 0.25
 _CONNECT_S = 10.0
+_IDLE_S = 30.0  # after which memory that only updates need is given back
 
 
 class _EndedError(Exception):
@@ -84,7 +85,8 @@ class WorkerLink:
 
     def _next(self) -> dict[str, Any]:
         while not self._orders:
-            self._hear(None)
+            if not self._hear(_IDLE_S):
+                self._receiving.rest()
         return self._orders.pop(0)
 
     def _pulse(self) -> None:
@@ -97,14 +99,15 @@ class WorkerLink:
             del self._orders[: aborts[-1] + 1]
             raise _EndedError
 
-    def _hear(self, seconds: float | None) -> None:
+    def _hear(self, seconds: float) -> bool:
         if not select.select([self._line], [], [], seconds)[0]:
-            return
+            return False
         more = self._line.recv(1 << 16)
         if not more:
             raise OSError("the service is gone")
         *lines, self._read = (self._read + more).split(b"\n")
         self._orders += map(json.loads, lines)
+        return True
 
     def _say(self, what: dict[str, Any]) -> None:
         self._beaten = time.monotonic()

@@ -1,0 +1,168 @@
+"""The line between the service and the thread that receives in a worker, over a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import structlog
+
+from inference_service import worker_link
+from inference_service.link import SILENT_S, Link
+from inference_service.worker_link import WorkerLink
+from tandem.errors import Aborted, Reason
+from tests.weight_service import engine_arenas, network
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    with structlog.testing.capture_logs():
+        yield
+
+
+class Orders:
+    """What a worker is told to do, done as a test says."""
+
+    def __init__(self, pulse: Callable[[], None]) -> None:
+        self.pulse = pulse
+        self.done: list[str] = []
+        self.does: Callable[[], dict[str, Any]] = dict
+
+    def join(self, id: bytes, *, staged: bool) -> dict[str, Any]:
+        self.done.append("join")
+        return self.does()
+
+    def receive(self, *, staged: bool) -> dict[str, Any]:
+        self.done.append("receive")
+        return self.does()
+
+    def rest(self) -> None:
+        self.done.append("rest")
+
+    def leave(self) -> None:
+        self.done.append("leave")
+
+    def close(self) -> None:
+        self.done.append("close")
+
+
+class Worker:
+    """An engine with one worker."""
+
+    def __init__(self) -> None:
+        arenas = engine_arenas(network())
+        self.held: Any = SimpleNamespace(arenas=arenas.arenas, placements=arenas.placements)
+        self.links: list[WorkerLink] = []
+
+    async def call_workers(self, method: str, path: str) -> None:
+        assert method == "tandem_link"
+        self.links.append(WorkerLink(self.held, path, self.links[-1] if self.links else None))
+
+    @property
+    def orders(self) -> Any:
+        return self.links[-1]._receiving
+
+
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch) -> Worker:
+    monkeypatch.setattr(worker_link, "Receiving", lambda held, pulse: Orders(pulse))
+    return Worker()
+
+
+@pytest.fixture
+async def link(worker: Worker) -> AsyncIterator[Link]:
+    link = Link(worker)  # type: ignore[arg-type]
+    await link.open()
+    yield link
+    link.close()
+    for ended in worker.links:
+        await asyncio.to_thread(ended._thread.join, 10)
+        assert not ended._thread.is_alive(), "the line's end is the thread's"
+        assert "close" in ended._receiving.done  # type: ignore[attr-defined]
+
+
+def works(orders: Orders, over: threading.Event) -> dict[str, Any]:
+    while not over.wait(0.01):
+        orders.pulse()
+    return {"digest": "1f"}
+
+
+async def test_orders_are_answered_in_turn(link: Link, worker: Worker) -> None:
+    worker.orders.does = lambda: {"digest": "1f"}
+    first, second = link.order("join", id="", staged=True), link.order("receive", staged=True)
+    assert (await link.answered(second))["digest"] == "1f"
+    assert first.done()
+    assert worker.orders.done == ["join", "receive"]
+
+
+async def test_one_that_works_for_long_says_that_it_is_there(link: Link, worker: Worker) -> None:
+    over = threading.Event()
+    worker.orders.does = lambda: works(worker.orders, over)
+    answer = link.order("receive", staged=False)
+    waiting = asyncio.ensure_future(link.answered(answer))
+    await asyncio.sleep(SILENT_S + 0.5)
+    assert not waiting.done()
+    over.set()
+    assert (await waiting)["digest"] == "1f"
+
+
+async def test_one_that_says_nothing_is_given_up_and_another_may_come(link: Link, worker: Worker) -> None:
+    stuck, hung = threading.Event(), worker.orders
+    hung.does = lambda: {"late": stuck.wait(10)}
+    began = time.monotonic()
+    with pytest.raises(Aborted, match="nothing was heard") as lost:
+        await link.answered(link.order("receive", staged=False))
+    assert lost.value.reason == Reason.LEASE_LOST
+    assert SILENT_S <= time.monotonic() - began < SILENT_S + 1
+    opening = asyncio.ensure_future(link.open())
+    await asyncio.sleep(0.2)
+    assert "close" not in hung.done, "the new one waits until the last has given back what it has"
+    stuck.set()
+    await opening
+    await link.answered(link.order("join", id="", staged=False))
+    assert "close" in hung.done
+    assert worker.orders.done == ["join"]
+
+
+async def test_what_is_taken_back_ends(link: Link, worker: Worker) -> None:
+    worker.orders.does = lambda: works(worker.orders, threading.Event())
+    waiting = asyncio.ensure_future(link.answered(link.order("receive", staged=False)))
+    await asyncio.sleep(0.1)
+    link.order("join", id="", staged=False)  # was sent before, and is taken back too
+    link.abort()
+    with pytest.raises(Aborted, match="the update has ended"):
+        await waiting
+    worker.orders.does = dict
+    await link.answered(link.order("join", id="", staged=False))
+    assert worker.orders.done == ["receive", "leave", "join"]
+
+
+async def test_an_order_that_fails_is_told_with_the_workers_words(link: Link, worker: Worker) -> None:
+    def fails() -> dict[str, Any]:
+        raise RuntimeError("cuMemCreate: out of memory")
+
+    worker.orders.does = fails
+    with pytest.raises(Aborted, match="RuntimeError: cuMemCreate: out of memory"):
+        await link.answered(link.order("join", id="", staged=True))
+    assert worker.orders.done == ["join", "leave"]
+
+
+async def test_memory_that_only_updates_need_goes_back_when_none_comes(
+    link: Link, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_link, "_IDLE_S", 0.05)
+    await link.answered(link.order("join", id="", staged=True))
+    await asyncio.sleep(0.3)
+    assert "rest" in worker.orders.done
+
+
+async def test_without_a_worker_nothing_is_waited_for(worker: Worker) -> None:
+    link = Link(worker)  # type: ignore[arg-type]
+    with pytest.raises(Aborted, match="not connected"):
+        await link.answered(link.order("receive", staged=False))
+    link.abort()
