@@ -263,11 +263,11 @@ class Rollouts:
 
 def _given_up(request: Request, tokens: int) -> TandemError:
     """Why the engine ended a request that has `tokens` with an error."""
-    # It compiles constraints itself, once vLLM's check has let them pass. One that it cannot ends before the first
-    # token, and would again. A picture may be what was missing.
+    # Some constraints pass vLLM's check and are none: it cannot compile them, or they let no token pass. That shows by
+    # the first one, and would again. A picture may be what was missing.
     constrained = request.params is not None and request.params.structured_outputs is not None
-    if constrained and not tokens and "multi_modal_data" not in request.prompt:
-        return invalid(_CONSTRAINT, "the engine can make no constraint of it")
+    if constrained and tokens < 2 and "multi_modal_data" not in request.prompt:
+        return invalid(_CONSTRAINT, "the engine can make nothing of it, or nothing fulfils it")
     return Unavailable(Reason.INTERRUPTED, "the engine gave a request up; try again")  # vLLM's word for that
 
 

@@ -16,8 +16,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tandem.engine.v1 import engine_pb2
+from tandem.errors import InvalidArgument
 from tandem.inference.v1 import inference_pb2 as pb
-from tests.integration.calls import LONG, Rollouts, generate, ids, one, score
+from tests.integration.calls import LONG, Rollouts, generate, idle, ids, one, refused, score
 from tests.services import Service
 
 CLOSE = 1e-4
@@ -291,3 +292,20 @@ def test_structured_output_matches(exact: Service, constraint: dict[str, Any], m
     ended = [rollout for rollout in rollouts.values() if rollout.finish_reason == pb.FINISH_REASON_STOP]
     assert len(ended) >= 4  # a number may go on for as long as it likes
     assert all(matches(rollout.text) for rollout in ended)
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [{"json_schema": '{"$ref": "#"}'}, {"grammar": "root ::= root | root root"}],
+    ids=["json_schema", "grammar"],
+)
+def test_a_structured_output_that_nothing_fulfils_is_named(
+    exact: Service, constraint: dict[str, Any]
+) -> None:
+    """It passes vLLM's check. Who was told to try again would do so for ever."""
+    sampling = {"structured_output": pb.StructuredOutput(**constraint)}
+    error = refused(lambda: generate(exact, ids([5], 2), ids([6]), sampling=sampling))
+    assert isinstance(error, InvalidArgument)
+    assert [found.field for found in error.violations] == ["sampling.structured_output"]
+    idle(exact)
+    assert len(one(exact, ids([5]), sampling={"max_tokens": 1}).token_ids) == 1

@@ -293,10 +293,10 @@ CONSTRAINED = SimpleNamespace(structured_outputs="a grammar", clone=lambda: None
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what vLLM imports
 @pytest.mark.parametrize(
     ("prompt", "tokens", "again"),
-    [({}, [], False), ({}, [5], True), ({"multi_modal_data": {}}, [], True)],
-    ids=["the constraint", "later", "a picture"],
+    [({}, [], False), ({}, [5], False), ({}, [5, 6], True), ({"multi_modal_data": {}}, [], True)],
+    ids=["not compiled", "no token passes", "later", "a picture"],
 )
-async def test_a_constraint_that_the_engine_cannot_compile_is_the_callers_mistake(
+async def test_a_constraint_that_is_none_is_the_callers_mistake(
     prompt: dict[str, Any], tokens: list[int], again: bool
 ) -> None:
     """To try again would not help."""
