@@ -52,6 +52,9 @@ class AgainstTrainer(OnlineDPOTrainer):
                 f"{type(self).__name__} needs a reference in the inference service: start it with --reference-model.",
             )
 
+    def _check_columns(self, columns: list[str] | None) -> None:
+        _check_blind(columns or [])
+
     def _start(self, init: Any, args: Any, address: Addresses | None, token: str | None) -> None:
         self._compared = False
         super()._start(init, args, address, token)
@@ -74,8 +77,7 @@ class AgainstTrainer(OnlineDPOTrainer):
     ) -> torch.Tensor:
         """Sample, score, and take the gradient of one batch."""
         model.train()
-        if "image" in inputs:
-            raise invalid("train_dataset", "the reference cannot see: no column 'image'")
+        _check_blind(list(inputs))  # of a dataset that tells no columns
         batch = self._prompts(list(inputs["prompt"]), None)
         if not self._compared:
             self._compare(model, batch)
@@ -155,3 +157,9 @@ class AgainstTrainer(OnlineDPOTrainer):
             if isinstance(value, torch.Tensor):
                 value = self.accelerator.gather_for_metrics(value.detach().float()).mean().item()
             self.stats[name.replace("__", "/")].append(value)
+
+
+def _check_blind(columns: list[str]) -> None:
+    for name in ("image", "images"):
+        if name in columns:
+            raise invalid("train_dataset", f"the reference cannot see: no column {name!r}")

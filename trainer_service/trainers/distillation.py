@@ -55,7 +55,7 @@ class DistillationTrainer(ToolTurnMixin, TrlDistillationTrainer):
         """TRL's arguments; the others and the errors are GRPOTrainer's."""
         args = args or DistillationConfig(named_after(model, "Distillation"))
         check_config(args, DistillationConfig)
-        columns_of(train_dataset)
+        columns_of(train_dataset, eval_dataset)
 
         def init() -> None:
             super(DistillationTrainer, self).__init__(

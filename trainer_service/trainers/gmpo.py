@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from trainer_service._trl_experimental import GMPOConfig, TrlGMPOTrainer
 from trainer_service.reaching import Addresses
 from trainer_service.trainers.grpo import GRPOTrainer
-from trainer_service.trainers.inputs import check_config
 from trainer_service.trainers.mixin import named_after
 
 if TYPE_CHECKING:
@@ -19,6 +18,8 @@ if TYPE_CHECKING:
 class GMPOTrainer(GRPOTrainer, TrlGMPOTrainer):
     """TRL's GMPOTrainer (Geometric-Mean Policy Optimization, https://arxiv.org/abs/2507.20673): GRPO in all but the
     loss, which has no importance sampling correction."""
+
+    _config = GMPOConfig
 
     def __init__(
         self,
@@ -32,7 +33,6 @@ class GMPOTrainer(GRPOTrainer, TrlGMPOTrainer):
     ) -> None:
         """TRL's arguments, of which `kwargs` are GRPOTrainer's; the others and the errors are GRPOTrainer's."""
         args = args or GMPOConfig(named_after(model, "GMPO"))
-        check_config(args, GMPOConfig)
         super().__init__(
             model,
             reward_funcs,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -44,6 +44,7 @@ class GRPOTrainer(ToolTurnMixin, GroupMixin, RewardedMixin, TrlGRPOTrainer):
     """
 
     _relied_on = (*ToolTurnMixin._relied_on, *RELIED_ON)
+    _config: ClassVar[type] = GRPOConfig
     _logprobs = 0  # the sampled token's, for the importance sampling correction
 
     def __init__(
@@ -91,10 +92,10 @@ class GRPOTrainer(ToolTurnMixin, GroupMixin, RewardedMixin, TrlGRPOTrainer):
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = GRPOConfig(f"{name.split('/')[-1]}-GRPO")
-        check_config(args, GRPOConfig)
+        check_config(args, self._config)
         _check_vespo(args)
 
-        columns = columns_of(train_dataset)
+        columns = columns_of(train_dataset, eval_dataset)
         rewards = None if reward_funcs is None else prepared(reward_funcs, columns=columns)
 
         def init() -> None:

@@ -12,29 +12,43 @@ from trainer_service.rewards import check_rows
 from trainer_service.rewards.checks import name_of
 from trainer_service.trainers.agreement import agree, held
 
+#: Where configurations of algorithms are from. A class of a user's own may add to one of them.
+_LIBRARIES = ("trl", "trainer_service")
+
 
 def check_config(args: Any, expected: type) -> None:
-    """Refuse another algorithm's configuration.
+    """Refuse another algorithm's configuration, also one that builds on this one's: its fields would not be read.
 
     Raises:
         InvalidArgument: names `args`.
     """
-    if not isinstance(args, expected):
+    kind = type(args)
+    if not issubclass(kind, expected) or (
+        kind is not expected and kind.__module__.partition(".")[0] in _LIBRARIES
+    ):
         article = "an" if expected.__name__[0] in "AEIOX" else "a"
-        raise invalid("args", f"must be {article} {expected.__name__}, is {type(args).__name__}")
+        raise invalid("args", f"must be {article} {expected.__name__}, is {kind.__name__}")
 
 
-def columns_of(dataset: Any) -> list[str] | None:
+def columns_of(dataset: Any, evaluated: Any = None) -> list[str] | None:
     """The names of a dataset's columns; None where it does not tell.
 
     Raises:
-        InvalidArgument: names `train_dataset`: it has no column `prompt`.
+        InvalidArgument: names `train_dataset`, or `eval_dataset` where `evaluated`, or one of it, is what has no column
+            `prompt`.
     """
+    several = evaluated if isinstance(evaluated, dict) else {"": evaluated}
+    for name, one in several.items():
+        _columns(one, f"eval_dataset[{name!r}]" if name else "eval_dataset")
+    return _columns(dataset, "train_dataset")
+
+
+def _columns(dataset: Any, field: str) -> list[str] | None:
     names = getattr(dataset, "column_names", None)
     if names is None:
         return None
     if "prompt" not in names:
-        raise invalid("train_dataset", f"has no column 'prompt', but {', '.join(names) or 'none at all'}")
+        raise invalid(field, f"has no column 'prompt', but {', '.join(names) or 'none at all'}")
     return list(names)
 
 

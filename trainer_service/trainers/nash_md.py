@@ -11,7 +11,6 @@ import torch
 from tandem.errors import invalid
 from trainer_service._trl_experimental import OnlineDPOConfig
 from trainer_service.trainers.against import AgainstTrainer, Side
-from trainer_service.trainers.inputs import check_config
 from trainer_service.trainers.pairs import PromptBatch, Schedule, check_schedule
 
 
@@ -57,6 +56,7 @@ class NashMDTrainer(AgainstTrainer):
             }"""),
     }
 
+    _config = NashMDConfig
     _statistics: ClassVar[tuple[str, ...]] = (
         "loss/kl",
         "objective/entropy",
@@ -75,7 +75,6 @@ class NashMDTrainer(AgainstTrainer):
     )
 
     def _check(self, args: Any) -> None:
-        check_config(args, NashMDConfig)
         super()._check(args)
         check_schedule("mixture_coef", args.mixture_coef, args)
         for value in args.mixture_coef if isinstance(args.mixture_coef, list) else [args.mixture_coef]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 
@@ -37,6 +37,8 @@ class OnlineDPOTrainer(PairMixin, TrlOnlineDPOTrainer):  # type: ignore[misc]  #
     `args.vllm_mode` is as GRPOTrainer has it, and `args.use_vllm` is not read. `beta` may be a list, one for each
     epoch: TRL's own stops with a TypeError there. Evaluation gives the loss and the same statistics as training.
     """
+
+    _config: ClassVar[type] = OnlineDPOConfig
 
     def __init__(
         self,
@@ -76,7 +78,8 @@ class OnlineDPOTrainer(PairMixin, TrlOnlineDPOTrainer):  # type: ignore[misc]  #
         if (judge is None) == (reward_funcs is None):
             raise invalid("judge", "give it or reward_funcs, and not both")
         self._check(args)
-        columns = columns_of(train_dataset)
+        columns = columns_of(train_dataset, eval_dataset)
+        self._check_columns(columns)
         scorers: Any = reward_funcs
         if judge is not None:
             scorers = [judge if isinstance(judge, JudgeReward) else JudgeReward(judge)]
@@ -108,8 +111,11 @@ class OnlineDPOTrainer(PairMixin, TrlOnlineDPOTrainer):  # type: ignore[misc]  #
 
     def _check(self, args: Any) -> None:
         """Refuse a configuration that is not this trainer's, or cannot be."""
-        check_config(args, OnlineDPOConfig)
+        check_config(args, self._config)
         check_schedule("beta", args.beta, args)
+
+    def _check_columns(self, columns: list[str] | None) -> None:
+        """Refuse a dataset with columns that this trainer cannot honour."""
 
     @property
     def beta(self) -> float:

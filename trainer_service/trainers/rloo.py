@@ -68,7 +68,7 @@ class RLOOTrainer(TurnMixin, GroupMixin, RewardedMixin, TrlRLOOTrainer):
             args = RLOOConfig(f"{name.split('/')[-1]}-RLOO")
 
         check_config(args, RLOOConfig)
-        columns = columns_of(train_dataset)
+        columns = columns_of(train_dataset, eval_dataset)
         rewards = prepared(reward_funcs, columns=columns)
 
         def init() -> None:

@@ -50,7 +50,7 @@ class SDFTTrainer(SelfTaughtMixin, TrlSDFTTrainer):
         """
         args = args or SDFTConfig(named_after(model, "SDFT"))
         check_config(args, SDFTConfig)
-        columns_of(train_dataset)
+        columns_of(train_dataset, eval_dataset)
 
         def init() -> None:
             super(SDFTTrainer, self).__init__(

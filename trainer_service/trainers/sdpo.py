@@ -45,7 +45,7 @@ class SDPOTrainer(SelfTaughtMixin, RewardedMixin, TrlSDPOTrainer):
         """TRL's arguments; the others and the errors are SDFTTrainer's."""
         args = args or SDPOConfig(named_after(model, "SDPO"))
         check_config(args, SDPOConfig)
-        columns = columns_of(train_dataset)
+        columns = columns_of(train_dataset, eval_dataset)
         rewards = prepared(reward_funcs, columns=columns, awaits=False) if reward_funcs else reward_funcs
 
         def init() -> None:

@@ -70,7 +70,7 @@ class ServerDistillationTrainer(TaughtMixin, ToolTurnMixin, TrlServerDistillatio
         if args is None:
             raise invalid("args", "ServerDistillationTrainer needs its configuration")
         check_config(args, ServerDistillationConfig)
-        columns_of(train_dataset)
+        columns_of(train_dataset, eval_dataset)
 
         def init() -> None:
             # Not TRL's own of this class: it calls this one, and opens an HTTP client.

@@ -12,7 +12,6 @@ from torch.nn.functional import logsigmoid
 from tandem.errors import invalid
 from trainer_service._trl_experimental import OnlineDPOConfig
 from trainer_service.trainers.against import AgainstTrainer, Side
-from trainer_service.trainers.inputs import check_config
 from trainer_service.trainers.pairs import PromptBatch, Schedule, check_schedule
 
 
@@ -57,6 +56,7 @@ class XPOTrainer(AgainstTrainer):
             }"""),
     }
 
+    _config = XPOConfig
     _statistics: ClassVar[tuple[str, ...]] = (
         "loss/dpo",
         "loss/xpo",
@@ -78,7 +78,6 @@ class XPOTrainer(AgainstTrainer):
     )
 
     def _check(self, args: Any) -> None:
-        check_config(args, XPOConfig)
         super()._check(args)
         check_schedule("alpha", args.alpha, args)
         if args.loss_type not in ("sigmoid", "ipo"):
