@@ -12,18 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from tandem.errors import InvalidArgument
 from tandem.weights.v1 import weights_pb2 as pb
 from tests import models
-from tests.integration.test_trainer_pairs import KINDS as PAIRS
-from tests.integration.test_trainer_pairs import arguments as pair_arguments
+from tests.runs import ALL, GROUPS, Run
 from tests.services import Service
-from tests.trainers import PROMPTS, arguments, assert_same_bits, logged, model_of, reward
-from trainer_service import trainers
+from tests.trainers import PROMPTS, assert_same_bits, logged, reward
 from trainer_service.seeds import Call
 
 pytestmark = [
@@ -31,18 +27,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:You are using '.*', which is an experimental feature"),  # TRL's notice
 ]
 
-GROUPS = {"grpo": trainers.GRPOTrainer, "rloo": trainers.RLOOTrainer}
-ALL = [*GROUPS, *PAIRS]
-#: What a trainer takes itself; the rest is of its configuration.
-OWN = (
-    "train_dataset",
-    "eval_dataset",
-    "reward_funcs",
-    "processing_class",
-    "tools",
-    "environment_factory",
-    "rollout_func",
-)
+#: For what may depend on it. The others run in colocate mode.
+MODES = ["colocate", "server"]
 
 
 @pytest.fixture
@@ -50,63 +36,6 @@ def engine(mixed: Service) -> Service:
     """The service with the checkpoint's weights."""
     mixed.weights.RestoreCheckpoint(pb.RestoreCheckpointRequest(), timeout=30)
     return mixed
-
-
-class Run:
-    """A short run of one algorithm, and every request that it made of the engine."""
-
-    def __init__(self, kind: str, service: Service, paths: list[Path], folder: Path, **values: Any) -> None:
-        own = {name: values.pop(name) for name in OWN if name in values}
-        policy, reference = (model_of(path, torch.float32) for path in paths)
-        given: dict[str, Any] = {
-            "model": policy,
-            "reward_funcs": reward,
-            "train_dataset": Dataset.from_dict({"prompt": [PROMPTS[i % 5] for i in range(16)]}),
-            "processing_class": models.tokenizer(),
-            "inference_address": service.address,
-        }
-        values = {"max_steps": 1} | values
-        if kind in GROUPS:
-            cls: Any = GROUPS[kind]
-            given["args"] = arguments(kind, folder, **values)
-        else:
-            cls = PAIRS[kind][0]
-            if "max_completion_length" in values:
-                values["max_new_tokens"] = values.pop("max_completion_length")
-            given |= {"args": pair_arguments(kind, folder, **values), "ref_model": reference}
-        self.trainer = cls(**(given | own))
-        self.requests: list[Any] = []
-        self.rollouts: list[Any] = []
-        generation = self.trainer.vllm_generation
-        generate = generation._generate
-
-        def watched(batch: Any, sampling: Any) -> Any:
-            self.requests.append((list(batch), sampling))
-            self.rollouts.append(generate(batch, sampling))
-            return self.rollouts[-1]
-
-        generation._generate = watched
-
-    def __enter__(self) -> Run:
-        self.trainer.train()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.trainer.close()
-
-    @property
-    def samplings(self) -> list[Any]:
-        return [sampling for _, sampling in self.requests]
-
-    def texts(self) -> list[str]:
-        """All completions."""
-        ids = [list(r.token_ids) for groups in self.rollouts for group in groups for r in group]
-        return list(models.tokenizer().batch_decode(ids, skip_special_tokens=True))
-
-    def prompts(self) -> list[str]:
-        """All prompts, as the engine got them."""
-        ids = [list(group.token_ids) for batch, _ in self.requests for group in batch]
-        return list(models.tokenizer().batch_decode(ids))
 
 
 @pytest.fixture
@@ -170,10 +99,11 @@ def test_chat_template_kwargs(run: Callable[..., Run], kind: str) -> None:
         assert all(prompt.startswith("glad:<user>") for prompt in made.prompts())
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", ALL)
-def test_gradient_accumulation(run: Callable[..., Run], kind: str) -> None:
+def test_gradient_accumulation(run: Callable[..., Run], kind: str, mode: str) -> None:
     """One version of the weights for all micro-batches of a step."""
-    with run(kind, gradient_accumulation_steps=3, max_steps=2) as made:
+    with run(kind, vllm_mode=mode, gradient_accumulation_steps=3, max_steps=2) as made:
         assert made.trainer.state.global_step == 2
         versions = [
             {span.weight_version for group in groups for r in group for span in r.version_spans}
@@ -368,7 +298,7 @@ def test_colocate_and_server_give_the_same_numbers(
     run: Callable[..., Run], engine: Service, kind: str
 ) -> None:
     found = []
-    for mode in ("colocate", "server"):
+    for mode in MODES:
         engine.weights.RestoreCheckpoint(pb.RestoreCheckpointRequest(), timeout=30)
         with run(kind, vllm_mode=mode, max_steps=3, generation_kwargs={"seed": 5}) as made:
             found.append((logged(made.trainer, "loss"), logged(made.trainer, "grad_norm"), made.texts()))
@@ -377,21 +307,3 @@ def test_colocate_and_server_give_the_same_numbers(
     assert losses == pytest.approx(others[0], rel=1e-3, abs=1e-5)
     assert norms == pytest.approx(others[1], rel=1e-3)
     assert texts == others[2]
-
-
-@pytest.mark.parametrize("kind", ALL)
-def test_another_tokenizer_is_refused(run: Callable[..., Run], kind: str) -> None:
-    other = models.tokenizer()
-    other.add_tokens(["qu"])
-    with pytest.raises(InvalidArgument) as refusal:
-        run(kind, processing_class=other)
-    assert refusal.value.violations[0].field == "processing_class"
-
-
-@pytest.mark.parametrize("kind", GROUPS)
-def test_another_configuration_is_refused(run: Callable[..., Run], kind: str, tmp_path: Path) -> None:
-    other = "rloo" if kind == "grpo" else "grpo"
-    cls: Any = GROUPS[kind]
-    with pytest.raises(InvalidArgument, match="Config") as refusal:
-        cls("nowhere", reward, arguments(other, tmp_path), inference_address="unix:///nowhere")
-    assert refusal.value.violations[0].field == "args"
