@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
 from tandem.errors import FailedPrecondition, InvalidArgument, Reason
@@ -205,34 +204,26 @@ def test_a_judge_takes_the_place_of_rewards(
 
     trainer = make(kind, engine, pair, tmp_path, judge=Longest(), max_steps=1)
     trainer.train()
-    assert [prompt for prompt, _ in pairs] == [PROMPTS[i] for i in range(3)] or len(pairs) == 3
+    assert len(pairs) == 3
+    assert {prompt for prompt, _ in pairs} <= set(PROMPTS)
     if kind == "nash_md":
         wins = sum(len(first) >= len(second) for _, (first, second) in pairs) / 3
         assert logged(trainer, "rewards/probabilities") == pytest.approx([wins])
     trainer.close()
 
 
-@pytest.mark.parametrize("kind", ["nash_md", "xpo"])
-def test_the_base_of_a_lora_is_the_reference(
-    engine: Service, checkpoints: dict[str, Path], pair: list[Any], tmp_path: Path, kind: str
+@pytest.mark.parametrize(
+    ("kind", "own"), [("online_dpo", None), ("nash_md", "mixture_coef"), ("xpo", "alpha")]
+)
+def test_schedules_go_by_epochs(
+    engine: Service, pair: list[Any], tmp_path: Path, kind: str, own: str | None
 ) -> None:
-    """The adapter is merged into what is sent; with it off, the model is the reference."""
-    lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    trainer = make(kind, engine, [pair[1], None], tmp_path, peft_config=lora)
-    trainer.train()
-    assert trainer.ref_model is None
-    assert all(torch.isfinite(torch.tensor(logged(trainer, "loss"))))
-    trainer.vllm_generation.sync_weights()
-    assert_same_bits(engine, trainer.model)
-    trainer.close()
-
-
-def test_schedules_go_by_epochs(engine: Service, pair: list[Any], tmp_path: Path) -> None:
-    schedules = {"beta": [0.1, 0.2, 0.3], "mixture_coef": [0.0, 1.0]}
-    trainer = make("nash_md", engine, pair, tmp_path, max_steps=-1, num_train_epochs=3, **schedules)
+    schedules = {"beta": [0.1, 0.2, 0.3]} | ({own: [0.0, 1.0]} if own is not None else {})
+    trainer = make(kind, engine, pair, tmp_path, max_steps=-1, num_train_epochs=3, **schedules)
     trainer.train()
     assert logged(trainer, "beta") == [0.1] * 4 + [0.2] * 4 + [0.3] * 4
-    assert logged(trainer, "mixture_coef") == [0.0] * 4 + [1.0] * 8
+    if own is not None:
+        assert logged(trainer, own) == [0.0] * 4 + [1.0] * 8
     trainer.close()
 
 
@@ -252,16 +243,10 @@ def test_a_service_without_the_reference_is_refused(
 @pytest.mark.parametrize(
     ("kind", "values", "field"),
     [
-        ("online_dpo", {"judge": object(), "reward_funcs": reward}, "judge"),
         ("online_dpo", {"reward_funcs": None}, "judge"),
-        ("online_dpo", {"beta": [0.1, 0.2]}, "beta"),
-        ("online_dpo", {"beta": []}, "beta"),
         ("online_dpo", {"vllm_mode": "elsewhere"}, "vllm_mode"),
         ("nash_md", {"mixture_coef": 1.5}, "mixture_coef"),
-        ("nash_md", {"mixture_coef": [0.1, 0.2, 0.3]}, "mixture_coef"),
-        ("xpo", {"alpha": [1.0, 2.0, 3.0]}, "alpha"),
         ("xpo", {"loss_type": "hinge"}, "loss_type"),
-        ("xpo", {"train_dataset": Dataset.from_dict({"question": ["a"]})}, "train_dataset"),
     ],
 )
 def test_what_cannot_be_is_refused_at_once(
@@ -270,28 +255,3 @@ def test_what_cannot_be_is_refused_at_once(
     with pytest.raises(InvalidArgument) as refusal:
         make(kind, engine, pair, tmp_path, max_steps=-1, num_train_epochs=1, **values)
     assert refusal.value.violations[0].field == field
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("wrong", [None, float("nan"), "count"])
-def test_a_reward_that_is_none_stops_the_run_before_it_learns(
-    engine: Service, pair: list[Any], tmp_path: Path, kind: str, wrong: float | str | None
-) -> None:
-    def broken(completions: list[str], **_: Any) -> list[Any]:
-        rewards = [1.0] * len(completions)
-        return rewards[1:] if wrong == "count" else [wrong, *rewards[1:]]
-
-    trainer = make(kind, engine, pair, tmp_path, reward_funcs=broken)
-    before = [parameter.clone() for parameter in trainer.model.parameters()]
-    with pytest.raises(InvalidArgument, match="broken") as refusal:
-        trainer.train()
-    assert refusal.value.reason == Reason.REWARD_INVALID
-    assert all(map(torch.equal, trainer.model.parameters(), before))
-    trainer.close()
-
-
-def test_a_config_of_another_algorithm_is_refused(engine: Service, pair: list[Any], tmp_path: Path) -> None:
-    for kind, other in (("nash_md", "xpo"), ("xpo", "online_dpo")):
-        with pytest.raises(InvalidArgument, match="Config") as refusal:
-            KINDS[kind][0](*pair, reward, arguments(other, tmp_path), inference_address=engine.address)
-        assert refusal.value.violations[0].field == "args"
