@@ -1,6 +1,7 @@
-"""One rank of runs whose policy is spread over two: python -m tests.sharded_run ADDRESS CHECKPOINT REFERENCE FOLDER HOW
+"""One rank of runs of two: python -m tests.sharded_run ADDRESS CHECKPOINT REFERENCE FOLDER HOW
 
-HOW is fsdp2 or zero3. Trains every algorithm for two steps, and compares the engine's bits with the gathered policy's.
+HOW is ddp, or fsdp2 or zero3, where the policy is spread over both. Trains every algorithm for two steps, and compares
+the engine's bits with the policy's, gathered.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from trainer_service.shards import is_sharded
 from weight_transfer.digest import combine, digest_tensor
 
 SHARDING: dict[str, dict[str, Any]] = {
+    "ddp": {"ddp_find_unused_parameters": False},
     "fsdp2": {
         "fsdp": True,
         "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
@@ -61,7 +63,7 @@ def on_the_cpu(how: str) -> None:
 
     if how == "fsdp2":
         state.AcceleratorState.__init__ = accelerator_state
-    else:
+    elif how == "zero3":
         os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
         import deepspeed
 
@@ -113,6 +115,14 @@ def assert_same_adapter(address: str, model: torch.nn.Module) -> None:
     assert now.digest == combine([digest_tensor(source.read()) for source in sources])
 
 
+def assert_same_on_both(trainer: Any) -> None:
+    """Each rank trained on rollouts of its own, and both have what came of all."""
+    assert isinstance(trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel)
+    own = torch.tensor([[parameter.double().sum() for parameter in trainer.model.parameters()]])
+    first, second = trainer.accelerator.gather(own)
+    assert torch.equal(first, second)
+
+
 def main(address: str, checkpoint: str, reference: str, folder: str, how: str) -> None:
     on_the_cpu(how)
     lora = LoraConfig(r=4, target_modules=["q_proj"])
@@ -132,7 +142,10 @@ def main(address: str, checkpoint: str, reference: str, folder: str, how: str) -
         trainer = trainer_of(kind, address, paths, into, vllm_mode=mode, **SHARDING[how], **values)
         assert trainer.accelerator.num_processes == 2
         trainer.train()
-        assert any(map(is_sharded, trainer.model.parameters())), "the policy is spread over both"
+        if how == "ddp":
+            assert_same_on_both(trainer)
+        else:
+            assert any(map(is_sharded, trainer.model.parameters())), "the policy is spread over both"
         assert len(trainers.logged(trainer, "loss")) == 2
         for apart in trainers.logged(trainer, "sampling/sampling_logp_difference/max"):
             assert apart < 1e-4, "the engine sampled from the policy"
