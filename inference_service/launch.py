@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from inference_service import orphans
+from inference_service.expanded import accept_expanded
 from inference_service.refusals import named, one_line, unknown
 from inference_service.stats import EngineStats
 from tandem.errors import invalid
@@ -29,7 +30,13 @@ REFERENCE = "tandem_reference_model"
 LOAD_FORMAT = "tandem"
 
 #: Arguments that Tandem must have its way with.
-OWN_ARGUMENTS = ("model", "load_format", "worker_extension_cls", "enable_log_requests")
+OWN_ARGUMENTS = (
+    "model",
+    "load_format",
+    "worker_extension_cls",
+    "enable_log_requests",
+    "mm_processor_cache_gb",
+)
 #: Arguments that Tandem has another default for. Logprobs are those of the distribution that was sampled from.
 DEFAULTS: dict[str, Any] = {"logprobs_mode": "processed_logprobs"}
 
@@ -110,6 +117,8 @@ def _launch(model: str, arguments: dict[str, Any], reference: str) -> Launched:
     except RuntimeError as error:
         raise RuntimeError(f"the engine did not start: {one_line(error)}") from error
     model_config = llm.vllm_config.model_config
+    if model_config.is_multimodal_model:
+        accept_expanded()
     info = ModelInfo(
         model=model,
         engine_id=uuid.uuid4().hex,
@@ -163,6 +172,9 @@ def _config(model: str, path: str, arguments: dict[str, Any]) -> Any:
             model=path,
             load_format=LOAD_FORMAT,
             worker_extension_cls=CPU_EXTENSION if on_cpu else _EXTENSION,
+            # Its two halves must forget together. An update has the engine's forget, and an image that is then left out
+            # of a request, as one that the engine has, would fail it.
+            mm_processor_cache_gb=0,
             **(DEFAULTS | arguments),
         )
         config = engine_args.create_engine_config()

@@ -18,7 +18,8 @@ class Wanted:
     logprobs: whether each token's is sent. text: whether the text is. lora: a loaded adapter to sample with.
     min_weight_version: no token is of an older one. version_wait_s: how many seconds the service waits for that version
     before it refuses the call; None for as long as the call may last. one_version: whether rollouts that a commit finds
-    under way end there.
+    under way end there. prompt_ids: whether the first rollout of each prompt has the prompt's token ids, as the engine
+    has them.
     """
 
     logprobs: bool = True
@@ -27,6 +28,7 @@ class Wanted:
     min_weight_version: int = 0
     version_wait_s: float | None = None
     one_version: bool = False
+    prompt_ids: bool = False
 
     def request(self, prompts: Sequence[pb.Prompt], sampling: pb.SamplingParams) -> pb.GenerateRequest:
         """The message that asks for it."""
@@ -35,6 +37,7 @@ class Wanted:
             sampling=sampling,
             output_mode=pb.OUTPUT_MODE_FINISHED,
             include_text=self.text,
+            include_prompt_token_ids=self.prompt_ids,
             no_logprobs=not self.logprobs,
             lora=self.lora,
             min_weight_version=self.min_weight_version,

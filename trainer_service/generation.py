@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast  # type: ignore[import-untyped]
+from transformers import ProcessorMixin
 
 from tandem.engine.v1.engine_pb2 import ServingState
 from tandem.errors import FailedPrecondition, Reason, TandemError, Unavailable, invalid
@@ -220,11 +221,13 @@ class RemoteGeneration(VLLMGeneration):
                     sampling,
                     logprobs=wanted,
                     lora=self.lora,
+                    prompt_ids=any(group.images for group in groups),
                     # One that was started again is brought it by `recover`, and told at once.
                     min_weight_version=self.weight_version,
                     version_wait_s=0.0,
                 )
                 self._check(rollouts)
+                _check_prompts(groups, rollouts)
             except TandemError as error:
                 if not left or not (is_gone(error) or error.reason in _TRY_AGAIN):
                     raise
@@ -296,10 +299,30 @@ class RemoteGeneration(VLLMGeneration):
     def _sampling(
         self, values: Mapping[str, Any] | None = None, call: Call | None = None
     ) -> pb.SamplingParams:
-        params = sampling_params({"seed": self.seed} | self._values() | dict(values or {}))
+        asked = {"seed": self.seed} | self._values() | dict(values or {})
+        place = getattr(self.processing_class, "image_token_id", None)
+        if (
+            isinstance(self.processing_class, ProcessorMixin)
+            and place is not None
+            and "mixture_coef" not in asked
+        ):
+            # The loss would look for the image that a sampled place stands for. TRL's own generation suppresses it too.
+            asked["logit_bias"] = {place: -100.0} | (asked.get("logit_bias") or {})
+        params = sampling_params(asked)
         if call is not None and params.HasField("seed"):
             params.seed = call.seed(params.seed, self.accelerator.process_index)
         return params
+
+
+def _check_prompts(groups: Sequence[Group], rollouts: Sequence[Sequence[pb.Rollout]]) -> None:
+    """Refuse rollouts of another prompt than the trainer has: both sides make tokens of an image."""
+    for group, (first, *_) in zip(groups, rollouts, strict=True):
+        if group.images and list(first.prompt_token_ids) != list(group.token_ids):
+            raise invalid(
+                "processing_class",
+                f"makes {len(group.token_ids)} tokens of a prompt with images; the engine's makes others of them, "
+                f"{len(first.prompt_token_ids)}",
+            )
 
 
 def _group(

@@ -113,12 +113,21 @@ def test_nan_is_none_as_trl_has_it() -> None:
 
 def test_images_are_part_of_what_is_equal() -> None:
     red, blue, red_again = (Image.new("RGB", (4, 4), color) for color in ("red", "blue", "red"))
-    service = Service()
+    service = Service(lambda group: [rollout([5], prompt_token_ids=group.token_ids)] * group.n)
     generation(service).generate([[1], [1], [1], [1]], [[red], [blue], [red_again], None], 4)
     groups = service.calls[0][0]
     assert [(group.n, len(group.images)) for group in groups] == [(2, 1), (1, 1), (1, 0)]
     decoded = Image.open(io.BytesIO(groups[1].images[0]))
     assert (decoded.size, decoded.getpixel((0, 0))) == ((4, 4), (0, 0, 255))
+
+
+def test_a_prompt_with_images_that_became_another_in_the_engine_is_refused() -> None:
+    service = Service(lambda group: [rollout([5], prompt_token_ids=[1, 9, 9, 2])] * group.n)
+    image = [Image.new("RGB", (4, 4))]
+    with pytest.raises(InvalidArgument, match="makes 3 tokens of a prompt with images") as refusal:
+        generation(service).generate([[1, 9, 2]], [image], 1)
+    assert refusal.value.violations[0].field == "processing_class"
+    generation(service).generate([[1, 9, 2]], None, 1)  # of text alone the service makes nothing
 
 
 def test_sampling_is_trls_and_generation_kwargs_win() -> None:
@@ -221,7 +230,7 @@ def test_an_engine_with_older_weights_is_not_to_sample() -> None:
     service, weights = Service(), Weights()
     service.errors = [Unavailable(Reason.WEIGHTS_TOO_OLD, "it was started again")]
     assert generation(service, weights).generate([[1]], None, 1)[1] == [[1]]
-    assert service.needed == [{"min_weight_version": 3, "version_wait_s": 0.0}] * 2
+    assert service.needed == [{"min_weight_version": 3, "version_wait_s": 0.0, "prompt_ids": False}] * 2
     assert weights.synced == 1
 
 

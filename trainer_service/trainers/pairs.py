@@ -22,8 +22,8 @@ Schedule = float | list[float]
 class PromptBatch:
     """Prompts as the loss sees them, and as the engine does.
 
-    ids, mask: (prompts, longest), padded on the left. rows: token ids of each, images not expanded. vision: what else
-    the model's forward pass takes, for these rows.
+    ids, mask: (prompts, longest), padded on the left. rows: token ids of each. vision: what else the model's forward
+    pass takes, for these rows.
     """
 
     ids: torch.Tensor
@@ -74,10 +74,7 @@ class PairMixin(RemoteMixin):
         )
         batch = {name: value.to(self.accelerator.device) for name, value in batch.items()}
         ids, mask = batch.pop("input_ids"), batch.pop("attention_mask")
-        if images is None:
-            rows = [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]
-        else:
-            rows = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+        rows = [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]
         return PromptBatch(ids, mask, rows, pictures, batch or None)
 
     def _completions(self, batch: PromptBatch, **values: Any) -> tuple[torch.Tensor, torch.Tensor]:
