@@ -1,4 +1,4 @@
-"""What is wrong in TRL 1.16's OnlineDPOTrainer with vLLM, shown on TRL's code; test_trainer_pairs.py shows ours.
+"""What is wrong in TRL 1.16's OnlineDPOTrainer with vLLM, on TRL's code; docs/trainers.md names the tests of ours.
 
 A test that fails here says that TRL has mended it: then the claim in docs/trainers.md goes as well.
 """
@@ -44,6 +44,11 @@ class Client:
 
     def __init__(self) -> None:
         self.pushed: list[str] = []
+        self.chats: list[Any] = []
+
+    def chat(self, messages: list[Any], n: int, **_: Any) -> dict[str, Any]:
+        self.chats += messages
+        return {"completion_ids": [[5, 1]] * (n * len(messages))}
 
     def generate(self, prompts: list[str], n: int, **_: Any) -> dict[str, Any]:
         return {"completion_ids": [[5, 1]] * (n * len(prompts))}
@@ -123,6 +128,17 @@ def test_the_loss_does_not_see_the_images() -> None:
     with pytest.raises(InterruptedError):
         trainer.training_step(nn.Linear(1, 1), {"prompt": ["a"], "image": [object()]})
     assert seen == [None]
+
+
+def test_the_template_of_prompts_with_images_is_the_servers() -> None:
+    """The loss is over prompts that the trainer renders; what is sampled from are messages, which the server does."""
+    image = object()
+    trainer = trl("server")
+    trainer.processing_class.chat_template = "mine:" + models.TEMPLATE
+    ids, *_ = trainer._generate_vllm([[{"role": "user", "content": "ab"}]], [image])
+    assert models.tokenizer().decode(ids[0]).startswith("mine:")
+    ((message,),) = trainer.vllm_client.chats
+    assert message["content"] == [{"type": "image", "image": image}, {"type": "text", "text": "ab"}]
 
 
 def test_every_parameter_is_a_push_of_its_own() -> None:
