@@ -49,6 +49,7 @@ def grpo(path: str, address: str = "") -> dict[str, Any]:
                 num_generations=GROUP,
                 max_completion_length=TOKENS,
                 learning_rate=1e-6,
+                optim_args="kahan_sum=false",  # the same optimizer for both, with the same memory
                 beta=0.0,
                 bf16=False,  # the parameters are
                 gradient_checkpointing=True,

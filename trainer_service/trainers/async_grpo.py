@@ -39,6 +39,7 @@ from trainer_service.trainers.mixin import (
     named_after,
     replaced,
 )
+from trainer_service.trainers.optimizer import OptimizerMixin
 from trainer_service.trainers.tree_attention import register_plain_attention
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class AsyncGRPOTrainer(TrlAsyncGRPOTrainer):
+class AsyncGRPOTrainer(OptimizerMixin, TrlAsyncGRPOTrainer):
     """TRL's AsyncGRPOTrainer, with rollouts and weights by the inference service at `inference_address`.
 
     Rewards, tools and environments run in threads of this process, and need not be picklable. No sample is trained on

@@ -19,6 +19,7 @@ from trainer_service.reaching import INFERENCE, Addresses, Services, Weights, re
 from trainer_service.seeds import Numbering
 from trainer_service.shards import Gathering
 from trainer_service.tokenizers import check_tokenizer
+from trainer_service.trainers.optimizer import OptimizerMixin
 from trainer_service.trainers.resume import RELIED_ON, ResumeMixin
 from weight_transfer.transports import SourceTensor
 
@@ -42,7 +43,7 @@ SAMPLING: dict[str, Any] = {
 }
 
 
-class RemoteMixin(ResumeMixin):
+class RemoteMixin(OptimizerMixin, ResumeMixin):
     """Goes before one of TRL's trainers in the bases.
 
     TRL's own `__init__` runs with `use_vllm` off, so that it starts no engine; then vLLM's place is taken by
@@ -180,15 +181,6 @@ class RemoteMixin(ResumeMixin):
             if self.policy_weights is not None:
                 self.policy_weights.abandon(f"training raised {type(error).__name__}")
             raise
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """TRL's. torch-optimi's, where triton is installed, would use it on a CPU too, which has no kernels of it."""
-        optimizer: Any = super().create_optimizer(*args, **kwargs)
-        if self.accelerator.device.type == "cpu":
-            for group in getattr(optimizer, "param_groups", ()):
-                if "triton" in group:
-                    group["triton"] = False
-        return optimizer
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         with self.updating_weights():
