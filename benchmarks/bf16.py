@@ -37,7 +37,8 @@ class Learner(OptimizerMixin, Trainer):
 
 def model() -> Any:
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(
+    make: Any = AutoModelForCausalLM.from_config
+    return make(
         AutoConfig.for_model(
             "llama",
             hidden_size=128,

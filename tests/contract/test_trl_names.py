@@ -11,11 +11,12 @@ import textwrap
 
 import pytest
 from torch.optim import optimizer
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from trainer_service import _trl
 from trainer_service.generation import RemoteGeneration
 from trainer_service.trainers import GRPOTrainer, RLOOTrainer
+from trainer_service.trainers.optimizer import ADAMW
 
 PAIRS = [(GRPOTrainer, _trl.TrlGRPOTrainer), (RLOOTrainer, _trl.TrlRLOOTrainer)]
 
@@ -183,6 +184,12 @@ def test_vllm_mode_matters_to_trl_in_the_tool_loop_and_where_it_starts_an_engine
 def test_optimizer_hooks() -> None:
     assert callable(optimizer.register_optimizer_step_pre_hook)
     assert callable(optimizer.register_optimizer_step_post_hook)
+
+
+def test_transformers_makes_the_optimizer_that_it_is_told_to() -> None:
+    assert TrainingArguments("out", use_cpu=True).optim in ADAMW
+    source = inspect.getsource(Trainer.create_optimizer)
+    assert "optimizer_cls, optimizer_kwargs = self.optimizer_cls_and_kwargs" in source
 
 
 def test_importing_the_trainers_imports_no_vllm() -> None:

@@ -78,6 +78,8 @@ def test_a_run_keeps_the_engine_at_the_trainers_bits(
         "stream" if transport == "stream" else "shared",
         transport == "aliased",
     )
+    summed = any("kahan_comp" in state for state in trainer.optimizer.state.values())
+    assert summed == (dtype == "bfloat16")
     nbytes = 2 * sum(parameter.numel() for parameter in model.parameters())
     moved = [update.nbytes for update in weights.history]
     # An aliased run moves the weights once, when the parameters become the engine's memory.

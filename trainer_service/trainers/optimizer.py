@@ -8,7 +8,7 @@ summation adds what was lost to the next step (`AdamW` of torch-optimi, which ke
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -45,9 +45,9 @@ class OptimizerMixin(_Trainer):
                 optimizer was the other AdamW.
             ImportError: it was asked for, and torch-optimi is not installed.
         """
-        found: Any = args[0] if args else kwargs.get("model")
+        model: Any = args[0] if args else kwargs.get("model")
         if self.optimizer is None and self.optimizer_cls_and_kwargs is None and self.args.optim in ADAMW:
-            self._choose(self.model if found is None else found)
+            self._choose(cast(nn.Module, model if model is not None else self.model))
         optimizer: Any = super().create_optimizer(*args, **kwargs)
         groups = getattr(optimizer, "param_groups", ())
         if self.accelerator.device.type == "cpu":
