@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -84,6 +84,10 @@ class Session:
             message = f"The {chosen} transport could not be opened: {error}"
             raise FailedPrecondition(Reason.TRANSPORT_UNAVAILABLE, message) from error
         logger.info("weights move by the %s transport%s", chosen, opened.reason and f": {opened.reason}")
+        #: Of a shared transport, why each tensor does not become the engine's memory; "" of those that do.
+        self.alias_reasons = _alias_reasons(policy, opened) if chosen == "shared" else {}
+        if self.alias_reasons:
+            logger.info("%s", told(self.alias_reasons))
 
     def _request(self, manifest: Manifest, policy: list[SourceTensor]) -> pb.OpenSessionRequest:
         """What introduces the policy to an engine of that manifest."""
@@ -224,6 +228,24 @@ def _handshake(
         window_bytes=opened.nccl.window_bytes,
         device=_device(policy),
     )
+
+
+def _alias_reasons(policy: Sequence[SourceTensor], opened: pb.OpenSessionResponse) -> dict[str, str]:
+    return {
+        source.name: p.reason or ("" if source.parameter is not None else "the trainer gathers or merges it")
+        for source, p in zip(policy, opened.shared.placements, strict=True)
+    }
+
+
+def told(reasons: Mapping[str, str]) -> str:
+    """How many tensors are the engine's memory, and of each reason why others are not, how many and one of them."""
+    others: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        if reason:
+            others.setdefault(reason, []).append(name)
+    whole = sum(not reason for reason in reasons.values())
+    parts = [f"{reason} ({len(names)}, as {names[0]})" for reason, names in others.items()]
+    return "; ".join([f"{whole} of {len(reasons)} tensors are the engine's memory", *parts])
 
 
 def _block(block: pb.Block) -> Block:

@@ -1,0 +1,54 @@
+"""The trainer says which of its tensors are the engine's memory, and why others are not."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from tests.unit.test_trainer_weights import Engine, Policy, engine, policy, service
+from tests.weight_service import network
+from trainer_service.session import told
+
+__all__ = ["engine", "policy", "service"]  # fixtures
+
+
+def test_each_reason_is_told_with_how_many_and_one_of_them() -> None:
+    reasons = {"a": "", "b": "other dtype", "c": "two blocks", "d": "other dtype"}
+    assert told(reasons) == (
+        "1 of 4 tensors are the engine's memory; other dtype (2, as b); two blocks (1, as c)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mode", "reason"),
+    [
+        (torch.float32, "in_place", "the trainer's dtype is float32, the engine's bfloat16"),
+        (torch.bfloat16, "staged", "updates are staged"),
+        (torch.bfloat16, "in_place", ""),
+    ],
+)
+def test_a_session_says_why(
+    engine: Engine,
+    policy: Policy,
+    caplog: pytest.LogCaptureFixture,
+    dtype: torch.dtype,
+    mode: str,
+    reason: str,
+) -> None:
+    model = network(dtype)
+    weights = policy(model, "shared", mode=mode)
+    with caplog.at_level(logging.INFO, "trainer_service.session"):
+        weights.sync()
+    session = weights._session
+    assert session is not None
+    aliased = {name for name, why in session.alias_reasons.items() if not why}
+    named = dict(model.named_parameters())
+    assert set(session.alias_reasons) == set(session.names)
+    assert {id(named[name]) for name in aliased & set(named)} == set(weights.parameters)
+    (line,) = [record.getMessage() for record in caplog.records if "engine's memory" in record.getMessage()]
+    assert line == told(session.alias_reasons)
+    if reason:
+        assert reason in session.alias_reasons.values()
+        assert reason in line
