@@ -195,3 +195,49 @@ def test_a_trainer_that_dies_in_its_lease_tears_the_engine_and_another_heals_it(
     service.wait_until("SERVING", 10)
     assert digest(service)[1] == digest_of(model, service)
     assert_agrees(service, model)
+
+
+EXPANDS = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+from trainer_service.client import InferenceClient
+from trainer_service.weights import PolicyWeights
+model = AutoModelForCausalLM.from_pretrained(sys.argv[2], dtype=torch.bfloat16).cuda()
+assert any(segment["is_expandable"] for segment in torch.cuda.memory_snapshot()), "the setting is not in force"
+weights = PolicyWeights(InferenceClient(sys.argv[1]), lambda: model)
+weights.sync()
+assert (weights.transport, weights.aliased) == ("shared", True)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+for _ in range(3):
+    ids = torch.randint(5, 200, (2, 16), device="cuda")
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    weights.sync()
+    assert weights.bytes_moved == 0
+version, held = weights.weight_version, [p.clone() for p in model.parameters()]
+weights.detach()
+assert all(map(torch.equal, held, model.parameters()))
+model(ids, labels=ids).loss.backward()  # in memory of its own
+optimizer.step()
+torch.cuda.synchronize()
+print("version", version, flush=True)
+"""
+
+
+def test_a_trainer_whose_segments_expand(service: Service, policy: Any, checkpoint: Path) -> None:
+    """The memory of torch's allocator is never shared, so that it may be of any kind."""
+    expands = {name: "expandable_segments:True" for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")}
+    done = subprocess.run(
+        [sys.executable, "-c", EXPANDS, service.address, str(checkpoint)],
+        env=os.environ | ENVIRONMENT | expands,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1] == f"version {digest(service)[0]}"
+    model, weights = policy(torch.bfloat16)  # the next trainer, of the usual kind
+    weights.sync()
+    assert digest(service)[1] == digest_of(model, service)
