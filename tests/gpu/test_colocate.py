@@ -227,7 +227,7 @@ print("version", version, flush=True)
 
 def test_a_trainer_whose_segments_expand(service: Service, policy: Any, checkpoint: Path) -> None:
     """The memory of torch's allocator is never shared, so that it may be of any kind."""
-    expands = {name: "expandable_segments:True" for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")}
+    expands = dict.fromkeys(("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"), "expandable_segments:True")
     done = subprocess.run(
         [sys.executable, "-c", EXPANDS, service.address, str(checkpoint)],
         env=os.environ | ENVIRONMENT | expands,
