@@ -92,6 +92,10 @@ def test_a_resumed_run_goes_on_bit_for_bit(start: Any, tmp_path: Path) -> None:
     trainer.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-3"))
     for name, value in whole.state_dict().items():
         assert torch.equal(value, halves.state_dict()[name]), name
+    trainer.train(
+        resume_from_checkpoint=str(tmp_path / "whole/checkpoint-3")
+    )  # once more, with the same trainer
+    assert all(map(torch.equal, whole.parameters(), halves.parameters()))
     states = [trainer.optimizer.state[parameter] for parameter in halves.parameters()]
     assert any(state["kahan_comp"].any() for state in states)
 

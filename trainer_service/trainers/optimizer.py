@@ -46,17 +46,19 @@ class OptimizerMixin(_Trainer):
             ImportError: it was asked for, and torch-optimi is not installed.
         """
         model: Any = args[0] if args else kwargs.get("model")
-        if self.optimizer is None and self.optimizer_cls_and_kwargs is None and self.args.optim in ADAMW:
+        adamw = (
+            self.optimizer is None and self.args.optim in ADAMW
+        )  # else it is another's, or accelerate's already
+        if adamw and self.optimizer_cls_and_kwargs is None:
             self._choose(cast(nn.Module, model if model is not None else self.model))
         optimizer: Any = super().create_optimizer(*args, **kwargs)
         groups = getattr(optimizer, "param_groups", ())
         if self.accelerator.device.type == "cpu":
             for group in groups:
-                if (
-                    "triton" in group
-                ):  # torch-optimi's, which would use it on a CPU too, which has no kernels of it
+                # torch-optimi's, which would use it on a CPU too, which has no kernels of it.
+                if "triton" in group:
                     group["triton"] = False
-        if self.args.optim in ADAMW and isinstance(optimizer, torch.optim.Optimizer):
+        if adamw and isinstance(optimizer, torch.optim.Optimizer):
             optimizer.register_load_state_dict_pre_hook(_same_kind)
         return optimizer
 
