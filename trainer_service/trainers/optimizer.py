@@ -52,12 +52,10 @@ class OptimizerMixin(_Trainer):
         if adamw and self.optimizer_cls_and_kwargs is None:
             self._choose(cast(nn.Module, model if model is not None else self.model))
         optimizer: Any = super().create_optimizer(*args, **kwargs)
-        groups = getattr(optimizer, "param_groups", ())
-        if self.accelerator.device.type == "cpu":
-            for group in groups:
-                # torch-optimi's, which would use it on a CPU too, which has no kernels of it.
-                if "triton" in group:
-                    group["triton"] = False
+        for group in getattr(optimizer, "param_groups", ()):
+            # torch-optimi's own kernels: a CPU has none, and on a GPU they have not been tried with the engine's memory.
+            if "triton" in group:
+                group["triton"] = False
         if adamw and isinstance(optimizer, torch.optim.Optimizer):
             optimizer.register_load_state_dict_pre_hook(_same_kind)
         return optimizer
