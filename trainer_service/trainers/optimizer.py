@@ -53,7 +53,7 @@ class OptimizerMixin(_Trainer):
             self._choose(cast(nn.Module, model if model is not None else self.model))
         optimizer: Any = super().create_optimizer(*args, **kwargs)
         for group in getattr(optimizer, "param_groups", ()):
-            # torch-optimi's own kernels: a CPU has none, and on a GPU they have not been tried with the engine's memory.
+            # torch-optimi's own kernels: a CPU has none, and on a GPU they were not tried with the engine's memory.
             if "triton" in group:
                 group["triton"] = False
         if adamw and isinstance(optimizer, torch.optim.Optimizer):
