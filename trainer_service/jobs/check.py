@@ -14,6 +14,7 @@ import difflib
 import itertools
 import json
 import os
+import signal
 import sys
 import tempfile
 import typing
@@ -28,6 +29,8 @@ from tandem.errors import InvalidArgument, Violation
 from trainer_service.jobs.configure import OWN, arguments, given_options
 from trainer_service.jobs.spec import PAIRWISE, Dataset, JobSpec
 
+#: Seconds that a check may take by itself: more than the service waits for.
+_LIMIT_S = 150
 #: Of a configuration that is only tried, fields that would look for a GPU.
 _DEVICE = ("bf16", "fp16", "tf32", "bf16_full_eval", "fp16_full_eval")
 
@@ -316,6 +319,7 @@ def main() -> None:
     for line in sys.stdin:
         process = os.fork()  # this process has no threads but this one
         if process == 0:
+            signal.alarm(_LIMIT_S)  # ends it where the service was killed, and a user's module does not end
             try:
                 text = json.dumps(_answer(line))
                 os.write(answers, text.encode() + b"\n")

@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import sys
 
 import structlog
 
-from tandem.errors import Internal, Reason, Violation
+from tandem.errors import Internal, Reason, Unavailable, Violation
 from trainer_service.jobs.reading import refusal
 from trainer_service.jobs.spec import JobSpec
 
@@ -18,6 +19,10 @@ log = structlog.get_logger(__name__)
 
 #: A check may ask the Hugging Face hub.
 _TIMEOUT_S = 120.0
+_FAILED = "the check of the job failed; the service's log has why"
+_LATE = (
+    "the check of the job took too long, as where the Hugging Face hub does not answer: nothing was submitted"
+)
 
 
 class Checker:
@@ -38,13 +43,22 @@ class Checker:
         Raises:
             InvalidArgument: names each field at fault.
             Internal: the check itself failed; its process has written why.
+            Unavailable: UNREACHABLE, it took too long.
         """
         async with self._turn:
             try:
                 async with asyncio.timeout(_TIMEOUT_S):
-                    found = await self._ask(spec)
-            except BaseException:
+                    try:
+                        found = await self._ask(spec)
+                    except ConnectionError:  # it had been killed, as for its memory
+                        self._kill()
+                        found = await self._ask(spec)
+            except BaseException as error:
                 self._kill()  # or its answer would be the next one's
+                if isinstance(error, TimeoutError):
+                    raise Unavailable(Reason.UNREACHABLE, _LATE) from error
+                if isinstance(error, ConnectionError):
+                    raise Internal(Reason.BUG, _FAILED) from error
                 raise
         if found:
             raise refusal([Violation(one["field"], one["description"]) for one in found])
@@ -62,9 +76,11 @@ class Checker:
             raise AssertionError("the process has pipes")
         process.stdin.write(spec.model_dump_json(exclude_none=True).encode() + b"\n")
         await process.stdin.drain()
-        answer = json.loads(await process.stdout.readline() or b"null")
+        if not (line := await process.stdout.readline()):
+            raise ConnectionResetError("the process that checks jobs has ended")
+        answer = json.loads(line)
         if answer is None:
-            raise Internal(Reason.BUG, "the check of the job failed; the service's log has why")
+            raise Internal(Reason.BUG, _FAILED)
         found: list[dict[str, str]] = answer
         return found
 
@@ -84,5 +100,7 @@ class Checker:
     def _kill(self) -> None:
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
+                os.killpg(
+                    self._process.pid, signal.SIGKILL
+                )  # its fork too, where a user's module does not end
             self._process = None
