@@ -31,6 +31,7 @@ class Checker:
     def __init__(self) -> None:
         self._process: asyncio.subprocess.Process | None = None
         self._turn = asyncio.Lock()
+        self._ending: set[asyncio.Task[int]] = set()
 
     async def start(self) -> None:
         """Have the process load what it needs, so that nobody waits for that."""
@@ -65,10 +66,8 @@ class Checker:
 
     async def stop(self) -> None:
         """End the process."""
-        process = self._process
         self._kill()
-        if process is not None:
-            await process.wait()
+        await asyncio.gather(*self._ending)
 
     async def _ask(self, spec: JobSpec) -> list[dict[str, str]]:
         process = await self._started()
@@ -85,7 +84,9 @@ class Checker:
         return found
 
     async def _started(self) -> asyncio.subprocess.Process:
-        if self._process is None or self._process.returncode is not None:
+        if self._process is not None and self._process.returncode is not None:
+            self._kill()
+        if self._process is None:
             # No GPU: a check must leave nothing on one.
             self._process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "trainer_service.jobs.check"),
@@ -98,9 +99,11 @@ class Checker:
         return self._process
 
     def _kill(self) -> None:
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(
-                    self._process.pid, signal.SIGKILL
-                )  # its fork too, where a user's module does not end
-            self._process = None
+        process, self._process = self._process, None
+        if process is not None:
+            with contextlib.suppress(
+                ProcessLookupError
+            ):  # its fork is ended too: a user's module may not end
+                os.killpg(process.pid, signal.SIGKILL)
+            self._ending.add(ending := asyncio.create_task(process.wait()))
+            ending.add_done_callback(self._ending.discard)

@@ -32,6 +32,7 @@ class Report(TrainerCallback):
         self._stop_file = stop_file
         self._trainer: Any = None
         self._version = 0
+        self._sampled = -1
         self._versions: deque[int] = deque()  # of the rows in the trainer's `_logs`
         self._seen: dict[str, tuple[list[Any], list[Any], list[Any], int]] = {}
         #: Whether the training was told to end.
@@ -106,7 +107,10 @@ class Report(TrainerCallback):
         values = {name: float(value) for name, value in (logs or {}).items() if _is_number(value)}
         where = {"step": state.global_step, "max_steps": state.max_steps, "epoch": state.epoch or 0.0}
         self._events.write("METRICS", where | {"values": values})
-        if samples := self._samples():
+        if state.global_step != self._sampled and (samples := self._samples()):
+            self._sampled = (
+                state.global_step
+            )  # an evaluation and the training's end are logged at a step, too
             self._events.write("SAMPLES", {"step": state.global_step, "samples": samples})
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
