@@ -10,7 +10,6 @@ from typing import Any
 
 import pandas
 import pytest
-from tensorboardX.proto import event_pb2
 
 from tandem.errors import FailedPrecondition, InvalidArgument, NotFound, Reason
 from tandem.rpc import translated
@@ -123,6 +122,7 @@ def test_a_tracker_gets_the_figures_and_completions_are_logged(
     service: JobService, place: Place, llama: Service
 ) -> None:
     """By TRL's own means, which the job's settings reach."""
+    pytest.importorskip("tensorboardX")
     training = {"max_steps": 2, "save_steps": 0, "per_device_train_batch_size": 8, "max_completion_length": 8}
     job = service.submit(
         place.spec(
@@ -171,6 +171,8 @@ def test_a_dataset_that_gives_no_batch_is_no_success(
 
 def scalars(file: Path) -> Iterator[tuple[str, int, float]]:
     """Name, step and value of each figure in a file of TensorBoard's: records of a length, a sum, an event, a sum."""
+    from tensorboardX.proto import event_pb2
+
     data, at = file.read_bytes(), 0
     while at < len(data):
         (length,) = struct.unpack_from("<Q", data, at)

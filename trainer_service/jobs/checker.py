@@ -84,9 +84,7 @@ class Checker:
         return found
 
     async def _started(self) -> asyncio.subprocess.Process:
-        if self._process is not None and self._process.returncode is not None:
-            self._kill()
-        if self._process is None:
+        if self._process is None or self._process.returncode is not None:
             # No GPU: a check must leave nothing on one.
             self._process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "trainer_service.jobs.check"),
@@ -100,10 +98,9 @@ class Checker:
 
     def _kill(self) -> None:
         process, self._process = self._process, None
-        if process is not None:
-            with contextlib.suppress(
-                ProcessLookupError
-            ):  # its fork is ended too: a user's module may not end
+        if process is not None and process.returncode is None:  # else its id may be another's by now
+            # Its fork too, where a user's module does not end.
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             self._ending.add(ending := asyncio.create_task(process.wait()))
             ending.add_done_callback(self._ending.discard)
