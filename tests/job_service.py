@@ -195,7 +195,7 @@ def job_service(folder: Path, place: Place, *flags: str) -> Iterator[JobService]
         )
     with connect(address) as channel:
         try:
-            grpc.channel_ready_future(channel).result(30)
+            grpc.channel_ready_future(channel).result(120)
             yield JobService(process, address, folder, log, channel)
         finally:
             with contextlib.suppress(ProcessLookupError):
