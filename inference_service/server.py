@@ -113,9 +113,11 @@ async def _load(settings: InferenceSettings, host: Host, serving: Serving) -> as
 
     async def stop() -> None:
         watching.cancel()
-        await sessions.stop()
-        arenas.close()
-        await _stop(engine)
+        try:
+            await sessions.stop()
+            arenas.close()
+        finally:
+            await _stop(engine)
 
     watching = asyncio.create_task(_watch(engine, tell))
     serving.on_stop(stop)

@@ -51,7 +51,8 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     async def start(*args: Any, **_: Any) -> Engine:
         return made
 
-    async def collect(*args: Any) -> None: ...
+    async def collect(*args: Any) -> Any:
+        return SimpleNamespace(close=lambda: None)
 
     def policy(engine: Engine, arenas: Any) -> Any:
         manifest = type("Manifest", (list,), {"nbytes": 0})()
@@ -119,6 +120,34 @@ async def test_it_outlives_its_engine_otherwise_and_ends_when_asked_without_an_e
     engine.dead = dead
     await asyncio.sleep(1.2)
     assert not serving.done()
+    made[0].request_stop()
+    async with asyncio.timeout(10):
+        await serving
+    assert engine.ended == ["deaf", "stopped"]
+
+
+@pytest.mark.parametrize("what", ["sessions", "arenas"])
+async def test_the_engine_ends_whatever_else_cannot(
+    monkeypatch: pytest.MonkeyPatch, engine: Engine, address: str, what: str
+) -> None:
+    async def fail(*args: Any) -> Any:
+        raise OSError("no memory")
+
+    def close() -> None:
+        raise OSError("no memory")
+
+    async def collect(*args: Any) -> Any:
+        return SimpleNamespace(close=close)
+
+    if what == "sessions":
+        monkeypatch.setattr(Sessions, "stop", fail)
+    else:
+        monkeypatch.setattr(server, "collect", collect)
+    made: list[Any] = []
+    real = server.Serving
+    monkeypatch.setattr(server, "Serving", lambda config: made.append(real(config)) or made[0])
+    serving = asyncio.ensure_future(server.serve(settings(address)))
+    await asyncio.sleep(0.3)
     made[0].request_stop()
     async with asyncio.timeout(10):
         await serving
