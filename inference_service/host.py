@@ -97,8 +97,10 @@ class Host:
                 if self.draining():
                     raise Unavailable(Reason.DRAINING, "the service is shutting down")
                 changed.clear()
+                # Not wait_for: Python 3.11's loses a cancellation that comes with the change.
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(changed.wait(), left)
+                    async with asyncio.timeout(left):
+                        await changed.wait()
                 policy = self.generating()
         finally:
             policy.changed.remove(changed.set)

@@ -82,8 +82,9 @@ def in_state(store: Store, state: JobState) -> list[str]:
     return [job.id for job in reversed(store.find(states=[state]))]
 
 
-def end(store: Store, root: Path, job_id: str, outcome: Outcome = Outcome.SUCCEEDED) -> None:
+async def end(store: Store, root: Path, job_id: str, outcome: Outcome = Outcome.SUCCEEDED) -> None:
     """Have a job's process end with an outcome."""
+    await until(lambda: bool(store.get(job_id).process))  # which is known a moment after the start
     JobFolder(root / job_id).tell_outcome(store.get(job_id).attempt, outcome)
     found = Identity.parse(store.get(job_id).process)
     assert found is not None
@@ -106,13 +107,25 @@ async def test_so_many_run_at_once_and_the_oldest_goes_first(
     await service(max_running=2)
     await until(lambda: in_state(store, JobState.STARTING) == ["a", "b"])
     assert in_state(store, JobState.QUEUED) == ["c", "d"]
-    end(store, socket_folder, "b")
+    await end(store, socket_folder, "b")
     await until(lambda: in_state(store, JobState.STARTING) == ["a", "c"])
     assert in_state(store, JobState.SUCCEEDED) == ["b"]
     assert in_state(store, JobState.QUEUED) == ["d"]
-    end(store, socket_folder, "a", Outcome.FAILED)
+    await end(store, socket_folder, "a", Outcome.FAILED)
     await until(lambda: in_state(store, JobState.STARTING) == ["c", "d"])
     assert [job.attempt for job in store.find()] == [1, 1, 1, 1]
+
+
+async def test_a_stop_that_comes_with_a_change_is_one(service: Service) -> None:
+    """Of what waits for changes, nothing goes on."""
+    made = await service(standby=0)
+    for _ in range(3):
+        await asyncio.sleep(0.05)  # it waits
+    made._changed("any")
+    await asyncio.sleep(0)  # it is woken, and has not run
+    async with asyncio.timeout(20):
+        await made.stop()
+    assert all(task.done() for task in made._tasks)
 
 
 async def test_gpus_are_given_out_whole_and_come_back(
@@ -131,7 +144,7 @@ async def test_gpus_are_given_out_whole_and_come_back(
     await until(lambda: all(store.get(name).process for name in ("two", "one", "none")))
     assert variables(store.get("two"))["CUDA_VISIBLE_DEVICES"] == "0,1"
     assert variables(store.get("none"))["CUDA_VISIBLE_DEVICES"] == ""
-    end(store, socket_folder, "two")
+    await end(store, socket_folder, "two")
     await until(lambda: bool(store.get("apart").process))
     assert (store.get("apart").gpus, store.get("two").gpus) == (("0", "1"), ())
     own = variables(store.get("apart"))
@@ -154,7 +167,7 @@ async def test_a_start_of_the_machine_resumes_all_and_is_no_retry(
     await until(lambda: in_state(store, JobState.CANCELLED) == ["c"])
     await until(lambda: all(store.get(name).process not in ("", before) for name in "ab"))
     assert [(store.get(name).attempt, store.get(name).retries) for name in "ab"] == [(2, 0), (2, 0)]
-    end(store, socket_folder, "a", Outcome.DIED)  # of this boot, which counts
+    await end(store, socket_folder, "a", Outcome.DIED)  # of this boot, which counts
     await until(lambda: in_state(store, JobState.FAILED) == ["a"])
 
 

@@ -160,7 +160,8 @@ class Attempts:
         try:
             while not gone.is_set():
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(gone.wait(), self._limits.poll_s)
+                    async with asyncio.timeout(self._limits.poll_s):  # see Supervisor._schedule
+                        await gone.wait()
                 job = await self._ingest(job)
                 if job.state is not JobState.STARTING:
                     self.standbys.refill()

@@ -118,7 +118,8 @@ class Standbys:
                     due = time.monotonic() + _MAX_AGAIN_S
                 continue
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), _LOOK_S)
+                async with asyncio.timeout(_LOOK_S):  # see Supervisor._schedule
+                    await self._wake.wait()
 
 
 def _start(root: Path) -> Waiting:

@@ -176,8 +176,10 @@ class Supervisor:
                 log.warning("cannot start jobs now", error=str(error))
             except Exception as error:  # the other jobs have their turn all the same
                 log.error("starting jobs failed, and goes on", exc_info=error)
+            # Not wait_for: Python 3.11's loses a cancellation that comes with the change, and this would never end.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), _LOOK_S)
+                async with asyncio.timeout(_LOOK_S):
+                    await self._wake.wait()
 
     async def _start_some(self) -> None:
         waiting = sorted(await self._find(WAITING), key=lambda job: job.number)
