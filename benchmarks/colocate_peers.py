@@ -235,10 +235,10 @@ def generate(path: str, loader: str) -> dict[str, Any]:
     return {"tokens_per_s": percentiles(rates[1:]), "used": used()}
 
 
-def timed(call: Callable[[], Any]) -> dict[str, float]:
+def timed(call: Callable[[], Any], rounds: int = ROUNDS) -> dict[str, float]:
     """Milliseconds of a call, until the device is done."""
     took = []
-    for _ in range(WARM_UPS + ROUNDS):
+    for _ in range(WARM_UPS + rounds):
         torch.cuda.synchronize()
         begin = time.perf_counter()
         call()

@@ -8,14 +8,12 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.measure import ROUNDS, WARM_UPS, percentiles
+from benchmarks.colocate_peers import timed
 
 
 def main(port: str, path: str) -> dict[str, Any]:
@@ -37,19 +35,7 @@ def main(port: str, path: str) -> dict[str, Any]:
                 client.update_named_param(name, parameter.data)
         client.reset_prefix_cache()
 
-    return {"update_model_params": timed(batched, ROUNDS), "per_parameter": timed(one_by_one, 3)}
-
-
-def timed(call: Callable[[], Any], n: int) -> dict[str, float]:
-    """Milliseconds of a call, until the device is done."""
-    took = []
-    for _ in range(WARM_UPS + n):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        call()
-        torch.cuda.synchronize()
-        took.append((time.perf_counter() - begin) * 1e3)
-    return percentiles(took[WARM_UPS:])
+    return {"update_model_params": timed(batched), "per_parameter": timed(one_by_one, 3)}
 
 
 if __name__ == "__main__":
