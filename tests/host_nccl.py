@@ -11,8 +11,8 @@ import ctypes
 import functools
 import os
 import socket
-import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from types import SimpleNamespace
@@ -48,9 +48,8 @@ def sending(window: int) -> None:
 
 
 def unique_id() -> bytes:
-    """The path of a socket that is not there yet."""
-    path = os.path.join(tempfile.mkdtemp(prefix="tdn"), "s")
-    return path.encode().ljust(nccl.ID_BYTES, b"\0")
+    """The name of a socket that is not there yet, and leaves no file."""
+    return f"\0tdn-{uuid.uuid4().hex}".encode().ljust(nccl.ID_BYTES, b"\0")
 
 
 class HostCommunicator:
