@@ -81,8 +81,11 @@ def empty(url: str) -> None:
 
 
 def end_connections(url: str) -> None:
-    """Have the server end all connections but this one, as a restart does."""
-    others = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND usename = %s"
+    """Have the server end all connections but this one, as a restart does, and wait until it has."""
+    others = """
+        SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity
+        WHERE pid <> pg_backend_pid() AND usename = %s
+    """
     host = url.rpartition("=")[2]
     with psycopg.connect(host=host, user="tandem", dbname="postgres", autocommit=True) as connection:
         connection.execute(others, ["tandem"])
