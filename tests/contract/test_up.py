@@ -24,7 +24,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 NAME = {name!r}
 for argument in sys.argv[1:]:
     flag, _, value = argument.partition("=")
-    print(NAME, argument, flush=True)
+    # One write: two programs share the pipe, and `print` writes a word at a time where nothing is buffered.
+    sys.stdout.write(NAME + " " + argument + "\\n")
+    sys.stdout.flush()
     if flag == "--addresses":
         address = value
 if {dies!r} == "at once":
