@@ -35,6 +35,14 @@ Driver load() {
     find(library, driver.set_access, "cuMemSetAccess");
     find(library, driver.export_handle, "cuMemExportToShareableHandle");
     find(library, driver.import_handle, "cuMemImportFromShareableHandle");
+    find(library, driver.device_attribute, "cuDeviceGetAttribute");
+    find(library, driver.pointer_attribute, "cuPointerGetAttribute");
+    find(library, driver.address_range, "cuMemGetAddressRange_v2");
+    find(library, driver.allocate, "cuMemAlloc_v2");
+    find(library, driver.deallocate, "cuMemFree_v2");
+    find(library, driver.ipc_export, "cuIpcGetMemHandle");
+    find(library, driver.ipc_open, "cuIpcOpenMemHandle_v2");
+    find(library, driver.ipc_close, "cuIpcCloseMemHandle");
     if (const Result result = driver.init(0); result != 0) {
         throw std::runtime_error("cuInit failed with CUDA error " + std::to_string(result));
     }

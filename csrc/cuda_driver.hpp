@@ -43,6 +43,14 @@ constexpr int kOnDevice = 1;         // CU_MEM_LOCATION_TYPE_DEVICE
 constexpr int kPosixDescriptor = 1;  // CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
 constexpr int kReadWrite = 3;        // CU_MEM_ACCESS_FLAGS_PROT_READWRITE
 
+struct IpcHandle {
+    unsigned char bytes[64];
+};
+
+constexpr int kHasPosixDescriptors = 103;  // CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED
+constexpr int kIpcCapable = 10;            // CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE
+constexpr unsigned kLazyPeerAccess = 1;    // CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
+
 struct Driver {
     Result (*init)(unsigned);
     Result (*error_name)(Result, const char**);
@@ -62,6 +70,14 @@ struct Driver {
     Result (*set_access)(Address, std::size_t, const AccessDesc*, std::size_t);
     Result (*export_handle)(void*, Handle, int, unsigned long long);
     Result (*import_handle)(Handle*, void*, int);
+    Result (*device_attribute)(int*, int, Device);
+    Result (*pointer_attribute)(void*, int, Address);
+    Result (*address_range)(Address*, std::size_t*, Address);
+    Result (*allocate)(Address*, std::size_t);
+    Result (*deallocate)(Address);
+    Result (*ipc_export)(IpcHandle*, Address);
+    Result (*ipc_open)(Address*, IpcHandle, unsigned);
+    Result (*ipc_close)(Address);
 
     // The driver of this host, initialized. Throws std::runtime_error where there is none.
     static const Driver& get();

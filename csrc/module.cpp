@@ -77,6 +77,7 @@ PYBIND11_MODULE(_core, m) {
     py::class_<tandem::DeviceArena>(m, "DeviceArena", "Shared memory of a CUDA device.")
         .def_static("create", &tandem::DeviceArena::create, "device"_a, "size"_a, Release())
         .def_static("open", &tandem::DeviceArena::open, "fd"_a, "device"_a, "size"_a, Release())
+        .def_static("adopt", &tandem::DeviceArena::adopt, "address"_a, "device"_a, "size"_a, Release())
         .def_property_readonly("fd", &tandem::DeviceArena::fd)
         .def_property_readonly("device", &tandem::DeviceArena::device)
         .def_property_readonly("size", &tandem::DeviceArena::size)

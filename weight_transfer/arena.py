@@ -29,11 +29,14 @@ class Arena:
 
     Tensors made from it keep the mapping alive, so it may be dropped before them. The memory itself lives
     until the last process that has it mapped, or holds its descriptor, is done. A device's is CUDA's virtual memory
-    with a POSIX descriptor (cuMemCreate), which needs no allocator's cooperation on either side.
+    with a POSIX descriptor (cuMemCreate), which needs no allocator's cooperation on either side; on devices that have
+    none, and of memory that others allocated, it has a handle of classic CUDA IPC (cuIpcGetMemHandle), and lives as
+    long as in the process that allocated it.
     """
 
-    def __init__(self, memory: HostArena | DeviceArena) -> None:
+    def __init__(self, memory: HostArena | DeviceArena, keep: torch.Tensor | None = None) -> None:
         self._memory = memory
+        self._keep = keep
 
     @classmethod
     def create(cls, name: str, size: int, device: torch.device | str = "cpu") -> Self:
@@ -46,11 +49,26 @@ class Arena:
         return cls(HostArena.create(name, size) if index is None else DeviceArena.create(index, size))
 
     @classmethod
+    def adopt(cls, tensor: torch.Tensor) -> Self:
+        """The memory of a contiguous tensor on a CUDA device, which torch's allocator, or whoever, has allocated.
+
+        Other processes of the host can ``open`` it; the tensor is kept meanwhile.
+
+        Raises ValueError for a tensor that is empty, strided or elsewhere, and for virtual memory, such as that of
+        ``expandable_segments``, which has no such handle. RuntimeError when the CUDA driver refuses.
+        """
+        if tensor.device.type != "cuda" or not tensor.is_contiguous() or not tensor.numel():
+            raise ValueError(
+                f"a contiguous tensor on a CUDA device is needed, not {tuple(tensor.shape)} on {tensor.device}"
+            )
+        return cls(DeviceArena.adopt(tensor.data_ptr(), tensor.device.index, tensor.nbytes), tensor)
+
+    @classmethod
     def open(cls, fd: int, size: int, device: torch.device | str = "cpu") -> Self:
         """Map the arena behind ``fd``, made by ``create`` here or elsewhere. ``fd`` stays the caller's.
 
         Raises ValueError when ``fd`` is not sealed memory of exactly ``size`` bytes, OSError when it is
-        not open, RuntimeError when it is not memory of that CUDA device.
+        not open, RuntimeError when it is not memory of that CUDA device, or has an IPC handle and is this process's.
         """
         size, index = _checked_size(size), _cuda_index(device)
         return cls(HostArena.open(fd, size) if index is None else DeviceArena.open(fd, index, size))

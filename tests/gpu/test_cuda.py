@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -77,6 +79,38 @@ def test_a_thousand_attachments_leave_nothing() -> None:
         attach()
     assert free() == before
     assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+OPENS = """
+import sys, torch
+from weight_transfer.arena import Arena
+arena = Arena.open(int(sys.argv[1]), int(sys.argv[2]), "cuda")
+for _ in range(1000):
+    Arena.open(arena.fd, arena.size, "cuda").tensor(0, (16,), torch.uint8)
+arena.tensor(1024, (4,), torch.float32).fill_(7)
+torch.cuda.synchronize()
+"""
+
+
+def test_memory_of_torchs_is_opened_by_another_process() -> None:
+    memory = torch.zeros(3 * MIB, device="cuda")
+    arena = Arena.adopt(memory[256:2048])
+    command = [sys.executable, "-c", OPENS, str(arena.fd), str(arena.size)]
+    before = free()
+    subprocess.run(command, pass_fds=[arena.fd], check=True, timeout=120)
+    assert memory[512:516].tolist() == [7] * 4
+    assert memory.sum() == 28
+    assert free() == before
+    with pytest.raises(RuntimeError, match="cuIpcOpenMemHandle: CUDA_ERROR"):
+        Arena.open(arena.fd, arena.size, "cuda")
+
+
+def test_virtual_memory_has_no_handle_to_adopt() -> None:
+    arena = Arena.create("test", 4 * MIB, "cuda")
+    with pytest.raises(ValueError, match="no handle of classic CUDA IPC: it is virtual memory"):
+        Arena.adopt(arena.tensor(0, (16,), torch.uint8))
+    with pytest.raises(ValueError, match="a contiguous tensor on a CUDA device is needed"):
+        Arena.adopt(torch.ones(4, 4, device="cuda").t())
 
 
 def test_what_is_no_arena_is_refused() -> None:
