@@ -5,7 +5,8 @@ python -m benchmarks.colocate_peers ipc MODEL        vLLM's own IPC weight trans
 python -m benchmarks.colocate_peers generate MODEL LOADER
                                                      an engine alone, with vLLM's loader (auto) or Tandem's
 python -m benchmarks.colocate_peers grpo MODEL [ADDRESS]
-                                                     steps of GRPO in TRL's colocate mode, or in ours with a service
+                                                     steps of GRPO in TRL's colocate mode, in its server mode if the
+                                                     address is http's, or in ours with a service
 
 A process imports what it needs, then waits for a line on standard input before it touches the device.
 """
@@ -79,7 +80,7 @@ def main(kind: str, model: str, *more: str) -> dict[str, Any]:
 class Peer:
     """A process of this module: it starts now, and measures when it is asked what it found."""
 
-    def __init__(self, *arguments: str | Path) -> None:
+    def __init__(self, *arguments: str | Path, environment: dict[str, str] | None = None) -> None:
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.colocate_peers", *map(str, arguments)]
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed with this
         self._process = subprocess.Popen(
@@ -88,7 +89,7 @@ class Peer:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env=os.environ | {"VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1"},
+            env=os.environ | {"VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1"} | (environment or {}),
         )
 
     def found(self, timeout_s: float = 300) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Steps of GRPO on one GPU: in TRL's own colocate mode, or in ours with a service that runs."""
+"""Steps of GRPO: in TRL's own colocate or server mode, or in ours with a service that runs."""
 
 from __future__ import annotations
 
@@ -14,25 +14,40 @@ import torch
 from datasets import Dataset  # type: ignore[import-untyped]
 from transformers import AutoTokenizer, TrainerCallback
 
+from benchmarks.largest_batch import largest_batch
 from benchmarks.measure import percentiles
 
 #: As many rollouts a step as were seen for TRL: 128 of 256 tokens.
 MICRO_BATCH, MICRO_BATCHES, TOKENS, GROUP = 16, 8, 256, 8
 STEPS = 10
+_PROMPT_TOKENS = 16  # what the largest batch is asked for with
 
 
 def grpo(path: str, address: str = "") -> dict[str, Any]:
-    """Seconds of a step by phase, rollouts a second, and the most of the device that was in use."""
+    """Seconds of a step by phase, rollouts a second, the most of the device that was in use, and the largest batch.
+
+    Args:
+        path: the model.
+        address: of our inference service; or, beginning with http, of the server that TRL's server mode has; or
+            nothing, for TRL's colocate mode.
+    """
     from benchmarks.colocate_peers import ENGINE, engine_for, trainers_model, used
 
     more: dict[str, Any] = {}
+    options: dict[str, Any] = {"use_vllm": True, "vllm_mode": "colocate"}
+    server = address.startswith("http")
+    if server:
+        options |= {"vllm_mode": "server", "vllm_server_base_url": address}
+        address = ""
     if address:
+        options = {"use_vllm": False}
         trainer_class: Any = importlib.import_module("trainer_service.trainers").GRPOTrainer
         config_class: Any = importlib.import_module("trainer_service._trl").GRPOConfig
         more["inference_address"] = address
-    else:
+    elif not server:
         theirs: Any = importlib.import_module("trl.generation.vllm_generation")
         theirs.LLM = engine_for(theirs.LLM)
+    if not address:
         trainer_class, config_class = (
             getattr(importlib.import_module("trl"), f"GRPO{n}") for n in ("Trainer", "Config")
         )
@@ -53,8 +68,7 @@ def grpo(path: str, address: str = "") -> dict[str, Any]:
                 beta=0.0,
                 bf16=False,  # the parameters are
                 gradient_checkpointing=True,
-                use_vllm=not address,
-                vllm_mode="colocate",
+                **options,
                 vllm_max_model_length=ENGINE["max_model_len"],
                 logging_steps=1,
                 save_strategy="no",
@@ -74,6 +88,8 @@ def grpo(path: str, address: str = "") -> dict[str, Any]:
         )
         trainer.train()
         in_use = used()
+        peak, peak_of_torch = most[0], torch.cuda.max_memory_reserved()
+        largest = largest_batch(trainer, _PROMPT_TOKENS, TOKENS)
     step = percentiles(watch.seconds[2:])
     rollouts = MICRO_BATCH * MICRO_BATCHES
     found: dict[str, Any] = {
@@ -83,8 +99,9 @@ def grpo(path: str, address: str = "") -> dict[str, Any]:
         "sync_s": sync.of_each(watch.ends[1:]),
         "rollouts_per_s": rollouts / step["p50"],
         "tokens_per_step": rollouts * TOKENS,
-        "peak_bytes": most[0],
-        "peak_torch_bytes": torch.cuda.max_memory_reserved(),
+        "peak_bytes": peak,
+        "peak_torch_bytes": peak_of_torch,
+        "largest_micro_batch": largest,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "lengths": [
             entry["completions/mean_length"] for entry in trainer.state.log_history if "loss" in entry

@@ -93,10 +93,12 @@ def main() -> None:
             print(size, json.dumps(found[size]), flush=True)
 
 
-def engine(model: Path, folder: Path, eager: bool) -> contextlib.AbstractContextManager[Service]:
+def engine(
+    model: Path, folder: Path, eager: bool, settings: dict[str, Any] = ENGINE
+) -> contextlib.AbstractContextManager[Service]:
     """Our service on the first GPU."""
-    arguments = {name: value for name, value in ENGINE.items() if name != "cudagraph_capture_sizes"}
-    graphs = {"cudagraph_capture_sizes": ENGINE["cudagraph_capture_sizes"]}
+    arguments = {name: value for name, value in settings.items() if name != "cudagraph_capture_sizes"}
+    graphs = {"cudagraph_capture_sizes": settings["cudagraph_capture_sizes"]}
     environment = {"CUDA_VISIBLE_DEVICES": str(ENGINE_GPU), "TORCHDYNAMO_DISABLE": "0"}
     return inference_service(
         model,
@@ -273,7 +275,7 @@ class Served:
 
 
 @contextmanager
-def vllm_serve(model: Path, folder: Path) -> Iterator[Served]:
+def vllm_serve(model: Path, folder: Path, settings: dict[str, Any] = ENGINE) -> Iterator[Served]:
     """`vllm serve` on the first GPU, as TRL starts it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -286,7 +288,7 @@ def vllm_serve(model: Path, folder: Path) -> Iterator[Served]:
         "--host",
         "127.0.0.1",
     ]
-    for name, value in ENGINE.items():
+    for name, value in settings.items():
         if name == "cudagraph_capture_sizes":
             flags += ["--compilation-config", json.dumps({name: value})]
         else:
