@@ -163,6 +163,7 @@ async def test_without_the_gate_grpc_sends_the_text_and_drops_inner_cancels(fold
 
 
 @pytest.mark.parametrize("kind", ["unary", "stream"])
+@pytest.mark.usefixtures("quiet")
 async def test_an_inner_cancel_is_answered_at_once(serve: Serve, engine: ScriptedEngine, kind: str) -> None:
     async def cancelled_inside() -> None:
         inner = asyncio.ensure_future(asyncio.sleep(60))
