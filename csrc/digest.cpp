@@ -57,49 +57,65 @@ std::uint64_t sum_bytes(const std::byte* data, std::uint64_t nbytes, std::uint64
     return sum;
 }
 
-void check(Region region, std::size_t index) {
-    if (region.nbytes == 0) return;
-    if (region.address == 0)
-        throw std::invalid_argument("region " + std::to_string(index) + ": null address");
-    if (region.nbytes > std::numeric_limits<std::uintptr_t>::max() - region.address) {
-        throw std::invalid_argument("region " + std::to_string(index) + ": address + nbytes overflows");
+void check(const Rows& part, std::size_t index) {
+    if (part.nbytes == 0 || part.rows == 0) return;
+    const std::string name = "region " + std::to_string(index);
+    if (part.address == 0) throw std::invalid_argument(name + ": null address");
+    const std::uint64_t room = std::numeric_limits<std::uintptr_t>::max() - part.address;
+    const std::uint64_t steps = part.rows - 1;
+    if (part.nbytes > room || (steps != 0 && part.stride > (room - part.nbytes) / steps)) {
+        throw std::invalid_argument(name + ": address + nbytes overflows");
     }
 }
 
-// The sums over each region, words counted from first_word.
-std::vector<std::uint64_t> sums(std::span<const Region> regions, std::uint64_t first_word,
-                                std::int64_t threads) {
-    struct Chunk {
-        std::size_t region;
+// The sum over each part.
+std::vector<std::uint64_t> sums(std::span<const Rows> parts, std::int64_t threads) {
+    struct Chunk {  // some rows, or some of a row's bytes
+        std::size_t part;
+        std::uint64_t row;
+        std::uint64_t rows;
         std::uint64_t offset;
         std::uint64_t sum;
     };
     std::uint64_t total = 0;
-    for (std::size_t i = 0; i < regions.size(); ++i) {
-        check(regions[i], i);
-        total += std::min(regions[i].nbytes, std::numeric_limits<std::uint64_t>::max() - total);
-    }
-    const std::size_t workers = thread_count(threads, total);
     std::vector<Chunk> chunks;
-    for (std::size_t i = 0; i < regions.size(); ++i) {
-        for (std::uint64_t at = 0; at < regions[i].nbytes; at += kChunkBytes) chunks.push_back({i, at, 0});
+    for (std::size_t i = 0; i < parts.size(); ++i) {
+        const Rows& part = parts[i];
+        check(part, i);
+        if (part.nbytes == 0) continue;
+        const std::uint64_t together = std::max<std::uint64_t>(kChunkBytes / part.nbytes, 1);
+        for (std::uint64_t row = 0; row < part.rows; row += together) {
+            const std::uint64_t rows = std::min(together, part.rows - row);
+            for (std::uint64_t at = 0; at < part.nbytes; at += kChunkBytes)
+                chunks.push_back({i, row, rows, at, 0});
+            total += std::min(part.nbytes * rows, std::numeric_limits<std::uint64_t>::max() - total);
+        }
     }
-    parallel_for(chunks.size(), workers, [&](std::size_t i) {
+    parallel_for(chunks.size(), thread_count(threads, total), [&](std::size_t i) {
         Chunk& chunk = chunks[i];
-        const Region& region = regions[chunk.region];
-        const auto* data = reinterpret_cast<const std::byte*>(region.address) + chunk.offset;
-        const std::uint64_t nbytes = std::min(kChunkBytes, region.nbytes - chunk.offset);
-        chunk.sum = sum_bytes(data, nbytes, first_word + chunk.offset / kWord);
+        const Rows& part = parts[chunk.part];
+        const std::uint64_t nbytes = std::min(kChunkBytes, part.nbytes - chunk.offset);
+        for (std::uint64_t row = chunk.row; row < chunk.row + chunk.rows; ++row) {
+            const auto* data =
+                reinterpret_cast<const std::byte*>(part.address + row * part.stride) + chunk.offset;
+            chunk.sum +=
+                sum_bytes(data, nbytes, part.first_word + row * part.word_stride + chunk.offset / kWord);
+        }
     });
-    std::vector<std::uint64_t> result(regions.size(), 0);
-    for (const Chunk& chunk : chunks) result[chunk.region] += chunk.sum;
+    std::vector<std::uint64_t> result(parts.size(), 0);
+    for (const Chunk& chunk : chunks) result[chunk.part] += chunk.sum;
     return result;
 }
 
 }  // namespace
 
 std::uint64_t digest_partial(Region region, std::uint64_t first_word, std::int64_t threads) {
-    return sums({&region, 1}, first_word, threads)[0];
+    const Rows part{region.address, region.nbytes, 1, 0, first_word, 0};
+    return sums({&part, 1}, threads)[0];
+}
+
+std::vector<std::uint64_t> digest_rows(std::span<const Rows> parts, std::int64_t threads) {
+    return sums(parts, threads);
 }
 
 std::uint64_t digest_finish(std::uint64_t sum, std::uint64_t nbytes) {
@@ -107,7 +123,10 @@ std::uint64_t digest_finish(std::uint64_t sum, std::uint64_t nbytes) {
 }
 
 std::vector<std::uint64_t> digest_regions(std::span<const Region> regions, std::int64_t threads) {
-    std::vector<std::uint64_t> digests = sums(regions, 0, threads);
+    std::vector<Rows> parts;
+    parts.reserve(regions.size());
+    for (const Region& region : regions) parts.push_back({region.address, region.nbytes, 1, 0, 0, 0});
+    std::vector<std::uint64_t> digests = sums(parts, threads);
     for (std::size_t i = 0; i < regions.size(); ++i)
         digests[i] = digest_finish(digests[i], regions[i].nbytes);
     return digests;

@@ -26,10 +26,24 @@ struct Region {
     std::uint64_t nbytes;
 };
 
+// Rows of one part of a tensor: bytes that follow one another in the tensor too. `nbytes` is a row's, `stride` the bytes
+// from one row to the next where they lie, and the words of row r are first_word + r * word_stride and the next ones.
+struct Rows {
+    std::uintptr_t address;
+    std::uint64_t nbytes;
+    std::uint64_t rows;
+    std::uint64_t stride;
+    std::uint64_t first_word;
+    std::uint64_t word_stride;
+};
+
 // The sum's part over one contiguous range that starts at word `first_word` of its tensor; add the parts
 // modulo 2^64. Unless it is the tensor's end, nbytes must be a multiple of 8. `threads` as in thread_count.
 // Throws std::invalid_argument when the region is null or wraps around the address space.
 std::uint64_t digest_partial(Region region, std::uint64_t first_word, std::int64_t threads);
+
+// The sum's part over each of these, as digest_partial has it of one row.
+std::vector<std::uint64_t> digest_rows(std::span<const Rows> parts, std::int64_t threads);
 
 // The digest of a tensor of `nbytes` bytes whose parts add up to `sum`.
 std::uint64_t digest_finish(std::uint64_t sum, std::uint64_t nbytes);

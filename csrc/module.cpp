@@ -26,6 +26,8 @@ using JobTuple =
     std::tuple<std::uintptr_t, std::string, Strides, std::uintptr_t, std::string, Strides, Strides>;
 
 using SpanTuple = std::tuple<std::uintptr_t, std::uint64_t>;
+using RowsTuple = std::tuple<std::uintptr_t, std::uint64_t, std::uint64_t, std::uint64_t, std::uint64_t,
+                             std::uint64_t>;
 
 std::uint64_t scatter(const std::vector<JobTuple>& tuples, std::int64_t threads) {
     std::vector<tandem::ScatterJob> jobs;
@@ -35,6 +37,14 @@ std::uint64_t scatter(const std::vector<JobTuple>& tuples, std::int64_t threads)
                         dst_strides, shape});
     }
     return tandem::scatter(jobs, threads);
+}
+
+std::vector<std::uint64_t> digest_rows(const std::vector<RowsTuple>& tuples, std::int64_t threads) {
+    std::vector<tandem::Rows> parts;
+    parts.reserve(tuples.size());
+    for (const auto& [address, nbytes, rows, stride, first_word, word_stride] : tuples)
+        parts.push_back({address, nbytes, rows, stride, first_word, word_stride});
+    return tandem::digest_rows(parts, threads);
 }
 
 std::vector<std::uint64_t> digest_regions(const std::vector<SpanTuple>& pairs, std::int64_t threads) {
@@ -119,6 +129,7 @@ PYBIND11_MODULE(_core, m) {
         },
         "address"_a, "nbytes"_a, "first_word"_a = 0, "threads"_a = 0, Release());
     m.def("digest_finish", &tandem::digest_finish, "sum"_a, "nbytes"_a);
+    m.def("digest_rows", &digest_rows, "parts"_a, "threads"_a = 0, Release());
     m.def("digest_regions", &digest_regions, "regions"_a, "threads"_a = 0, Release());
     m.def(
         "digest_combine",

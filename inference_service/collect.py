@@ -12,6 +12,7 @@ from inference_service.device_arenas import DeviceArenas
 from inference_service.engine import Engine
 from weight_transfer.arena import Arena
 from weight_transfer.manifest import TensorSpec
+from weight_transfer.parts import why_not_summed
 from weight_transfer.placement import Block, Placement, check
 
 
@@ -29,6 +30,8 @@ async def collect(engine: Engine) -> EngineArenas:
             return HostArenas(reason=f"the ranks don't hold the whole model: {error}")
         reloads = any(answer["reloaded"] for answer in answers)
         if any(handle.gpu for handle in handles):
+            if reason := _why_not_digested(handles, placements):
+                return HostArenas(reason=reason)
             nccl, free = (min(answer[what] for answer in answers) for what in ("nccl", "free"))
             arenas, handles = DeviceArenas(engine, handles, placements, reloads, nccl=nccl, free=free), []
             return arenas
@@ -54,3 +57,12 @@ def _merge(
             before = blocks.setdefault(name, Placement(spec, ()))
             blocks[name] = replace(before, blocks=before.blocks + found)
     return handles, [blocks[name] for name in sorted(blocks)]
+
+
+def _why_not_digested(handles: list[Handle], placements: list[Placement]) -> str:
+    """Why the digest of weights that several workers hold could not be told; "" if it can."""
+    if len({handle.rank for handle in handles}) > 1:
+        for placement in placements:
+            if why := why_not_summed(placement):
+                return f"the engine is on several GPUs, over which {placement.spec.name} has no digest: {why}"
+    return ""

@@ -29,8 +29,9 @@ from weight_transfer.arena import Arena, align
 from weight_transfer.cuda.devices import require_kernels, uuid_of
 from weight_transfer.digest import digest_tensor
 from weight_transfer.manifest import TensorSpec
+from weight_transfer.parts import PartSums
 from weight_transfer.placement import Block, Placement
-from weight_transfer.reading import Reading
+from weight_transfer.reading import Reading, part_sums
 from weight_transfer.write import copy
 
 LOAD_FORMAT = "tandem"
@@ -59,6 +60,11 @@ class HeldWeights:
     def reading(self) -> Reading:
         """Digests the tensors, once all are placed."""
         return Reading(self.placements, self.arenas)
+
+    @cached_property
+    def sums(self) -> PartSums:
+        """Adds up the words of each block that this worker holds."""
+        return part_sums(self.placements, self.arenas)
 
     def reload(self, model: nn.Module) -> None:
         """Have vLLM load the tensors of the second arena into the parameters."""
@@ -159,8 +165,6 @@ def _why_not(device: torch.device, vllm_config: VllmConfig) -> str:
             require_kernels()
         except ImportError as error:
             return str(error)
-    if device.type == "cuda" and vllm_config.parallel_config.world_size > 1:
-        return "the engine's weights are split over several GPUs, which are not shared yet"
     if vllm_config.model_config.quantization is not None:
         return "the engine's weights are quantized"
     if vllm_config.model_config.use_mla:

@@ -72,18 +72,24 @@ class TandemWorker:
         held.loader.restore(model, self.model_config)  # type: ignore[attr-defined]
 
     def tandem_digest(self) -> int:
-        """Digest of the whole policy, in the order of its tensors' names."""
+        """Digest of the whole policy, in the order of its tensors' names. For a worker that holds all of it."""
         held: loader.HeldWeights = self._tandem_model().tandem
         return combine(held.reading.digests())
 
-    def tandem_write(self, path: str, size: int) -> None:
-        """Write what the service staged in the memory whose descriptor it offers at `path`."""
+    def tandem_sums(self) -> dict[str, Any]:
+        """The digest sums of what this worker holds: of each block in the order of `tandem_export`'s placements."""
         held: loader.HeldWeights = self._tandem_model().tandem
-        manifest = Manifest(tuple(p.spec for p in held.placements))
+        return {"rank": self.rank, "sums": held.sums.sums()}  # type: ignore[attr-defined]
+
+    def tandem_write(self, path: str, size: int, offsets: dict[str, int]) -> None:
+        """Write what the service staged in the memory that it offers at `path`, where each tensor has its offset."""
+        held: loader.HeldWeights = self._tandem_model().tandem
         (fd,) = passing.take(path)
         staged = Arena.open(fd, size)
         os.close(fd)
-        for placement, tensor in zip(held.placements, tensors_in(staged, manifest), strict=True):
+        for placement in held.placements:
+            spec = placement.spec
+            tensor = staged.tensor(offsets[spec.name], spec.shape, getattr(torch, spec.dtype))
             # To the device whole, and there to its place.
             copy(placement.pairs(held.arenas, tensor.to(held.arenas[0].device)))
         self.tandem_settle()

@@ -89,7 +89,7 @@ class Digester:
 
             from weight_transfer.cuda.digest import Sums
 
-            self._sums = Sums(self._tensors)
+            self._sums = Sums.of(self._tensors)
             self._nbytes = np.array([tensor.nbytes for tensor in self._tensors], np.uint64)
         else:
             self._regions = [(tensor.data_ptr(), tensor.nbytes) for tensor in self._tensors]

@@ -78,20 +78,27 @@ class Placement:
 
     def pairs(self, arenas: Sequence[Arena], tensor: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(part of `tensor`, its place in engine memory) of each block. `tensor` has the spec's shape."""
+        return list(zip(self.parts(tensor.detach().contiguous()), self.places(arenas), strict=True))
+
+    def parts(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """What each block has of `tensor`, which is contiguous and of the spec's shape."""
+        first = tensor.storage_offset()  # as_strided counts from the storage's start
+        return [
+            tensor.as_strided(block.shape, block.tensor_strides, first + block.tensor_offset)
+            for block in self.blocks
+        ]
+
+    def places(self, arenas: Sequence[Arena]) -> list[torch.Tensor]:
+        """Each block's place in engine memory."""
         import torch
 
-        tensor = tensor.detach().contiguous()
         dtype = getattr(torch, self.spec.dtype)
-        pairs = []
+        found = []
         for block in self.blocks:
-            first = (
-                tensor.storage_offset() + block.tensor_offset
-            )  # as_strided counts from the storage's start
-            source = tensor.as_strided(block.shape, block.tensor_strides, first)
             extent = _extent(block.shape, block.arena_strides)
             flat = arenas[block.arena].tensor(block.arena_offset, (extent,), dtype)
-            pairs.append((source, flat.as_strided(block.shape, block.arena_strides)))
-        return pairs
+            found.append(flat.as_strided(block.shape, block.arena_strides))
+        return found
 
     def gather(self, arenas: Sequence[Arena]) -> torch.Tensor:
         """The tensor as the engine holds it: a view where it lies in one piece, else a copy."""
@@ -202,7 +209,7 @@ def covered(spec: TensorSpec, blocks: Sequence[Block]) -> bool:
     # Marked in units that each block has or lacks as a whole: a few for each row, not one for each element.
     import numpy as np
 
-    parts = [(block.tensor_offset, *_run(block)) for block in blocks if block.numel]
+    parts = [(block.tensor_offset, *runs(block)) for block in blocks if block.numel]
     unit = math.gcd(
         spec.numel, *(n for first, run, rest in parts for n in (first, run, *(s for s, _ in rest)))
     )
@@ -214,7 +221,7 @@ def covered(spec: TensorSpec, blocks: Sequence[Block]) -> bool:
     return bool(marks.all())
 
 
-def _run(block: Block) -> tuple[int, list[tuple[int, int]]]:
+def runs(block: Block) -> tuple[int, list[tuple[int, int]]]:
     """(n, steps): the block takes runs of `n` elements of its tensor, at `steps` as `_steps` has them."""
     run, rest = 1, _steps(block.shape, block.tensor_strides)
     while rest and rest[0][0] == run:

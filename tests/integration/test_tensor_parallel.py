@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import closing
@@ -15,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from tandem.weights.v1 import weights_pb2
 from tests.integration.calls import ids, one
-from tests.services import Service, inference_service
+from tests.services import ENVIRONMENT, Service, inference_service
 from trainer_service.client import InferenceClient
 from trainer_service.weights import PolicyWeights
 from weight_transfer.digest import combine, digest_tensor
@@ -52,6 +55,15 @@ def test_an_update_reaches_every_rank(service: Service, checkpoints: dict[str, P
             assert served_digest(service) == digest_of(model, service)
             assert_serves(service, model)
         weights.detach()
+
+
+@pytest.mark.slow
+def test_workers_digest_and_write_for_a_service_that_cannot(checkpoints: dict[str, Path]) -> None:
+    """As on GPUs: what the workers add up of their parts is the whole's digest. Assertions are in split_engine.py."""
+    command = [sys.executable, "-m", "tests.split_engine", str(checkpoints["qwen3"])]
+    run = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "CHECKED" in run.stdout
 
 
 @pytest.mark.slow

@@ -1,19 +1,16 @@
-"""What the CUDA kernels compute, without a device: their source compiled as C++, each thread of each block in turn.
-
-Warps, shared memory and the casts' instructions have stand-ins here; tests/gpu runs the real ones.
-"""
+"""What the CUDA kernels compute, without a device."""
 
 from __future__ import annotations
 
 import ctypes
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
+from tests.host_kernels import compiled, host_launch
 from weight_transfer.arena import Arena
 from weight_transfer.cuda import digest as cuda_digest
 from weight_transfer.cuda import kernels
@@ -24,84 +21,11 @@ from weight_transfer.placement import Block, Placement, contiguous_strides
 from weight_transfer.write import write
 
 FLOATS = {torch.float32: "float", torch.float16: "f16", torch.bfloat16: "bf16"}
-STAND_INS = """
-#include <bit>
-#include <cstdint>
-#define __device__
-#define __global__
-#define __forceinline__ inline
-#define __launch_bounds__(...)
-struct alignas(16) uint4 { unsigned x, y, z, w; };
-struct alignas(8) uint2 { unsigned x, y; };
-struct alignas(16) ulonglong2 { unsigned long long x, y; };
-struct Dim { unsigned x; };
-static Dim blockIdx, threadIdx;
-inline float __uint_as_float(unsigned v) { return std::bit_cast<float>(v); }
-inline unsigned __float_as_uint(float v) { return std::bit_cast<unsigned>(v); }
-"""
-SUM = "static void add_up(u64 sum, u64* total) { *total += sum; }\n"
-CASTS = """
-struct f16 { unsigned short bits; };
-struct bf16 { unsigned short bits; };
-inline float widen(unsigned both, bool high, bf16) { return __uint_as_float(high ? both & 0xffff0000u : both << 16); }
-inline float widen(unsigned both, bool high, f16) {
-    return float(std::bit_cast<_Float16>((unsigned short)(high ? both >> 16 : both & 0xffff)));
-}
-inline unsigned short half(float v, bf16) {
-    const unsigned bits = __float_as_uint(v);
-    return (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
-}
-inline unsigned short half(float v, f16) { return std::bit_cast<unsigned short>((_Float16)v); }
-template <typename To>
-unsigned narrow(float low, float high, To to) { return half(low, to) | unsigned(half(high, to)) << 16; }
-"""
-RUN = """
-extern "C" void run(unsigned blocks, const void* table, const int* owners, unsigned long long* sums) {
-    for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x)
-        for (threadIdx.x = 0; threadIdx.x < THREADS; ++threadIdx.x)
-            KERNEL((decltype(first(KERNEL)))table, owners, sums);
-}
-"""
-FIRST = "template <typename T> T first(void (*)(T, const int*, u64*));\n"
 
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ctypes.CDLL]:
-    folder = tmp_path_factory.mktemp("kernels")
-
-    def compiled(name: str, **macros: str) -> ctypes.CDLL:
-        parts = {
-            "digest.cuh": None,
-            "sum.cuh": SUM,
-            "cast.cuh": CASTS,
-            f"{name}.cu": None,
-        }
-        here = Path(kernels.__file__).parent
-        text = [STAND_INS, *(stand_in or (here / file).read_text() for file, stand_in in parts.items())]
-        source = folder / "_".join([name, *map(str, macros.values())])
-        source.with_suffix(".cpp").write_text("\n".join([*text, FIRST, RUN]))
-        flags = [
-            f"-D{macro}={value}" for macro, value in (macros | {"THREADS": "256", "KERNEL": name}).items()
-        ]
-        command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-Wl,-Bsymbolic", "-w", *flags]
-        subprocess.run(
-            [*command, "-o", f"{source}.so", str(source.with_suffix(".cpp"))], check=True, timeout=120
-        )
-        return ctypes.CDLL(f"{source}.so")
-
-    return compiled
-
-
-def run(
-    library: ctypes.CDLL, blocks: int, table: torch.Tensor, owners: torch.Tensor, sums: torch.Tensor
-) -> None:
-    addresses = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (table, owners, sums))
-    library.run(ctypes.c_uint(blocks), *addresses)
-
-
-def host_launch(library: ctypes.CDLL) -> Callable[..., None]:
-    """`kernels.launch`, here."""
-    return lambda _, blocks, device, *tensors: run(library, blocks, *tensors)
+    return partial(compiled, tmp_path_factory.mktemp("kernels"))
 
 
 def test_the_source_is_all_of_the_files() -> None:
@@ -119,7 +43,7 @@ def test_digests_are_the_hosts(build: Callable[..., ctypes.CDLL], monkeypatch: p
     raw = torch.randint(0, 256, ((1 << 19) + 64,), dtype=torch.uint8)
     sizes = [0, 1, 7, 8, 9, 16, 24, 4095, 1 << 17, (1 << 17) + 3, (1 << 19) + 1]
     tensors = [raw[offset : offset + size] for size in sizes for offset in (0, 1, 8, 16)]
-    found = cuda_digest.Sums(tensors)()
+    found = cuda_digest.Sums.of(tensors)()
     nbytes = np.array([tensor.nbytes for tensor in tensors], np.uint64)
     assert finished(found.numpy(), nbytes) == digest_tensors(tensors)
 
