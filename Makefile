@@ -3,6 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SEED ?= 0
+TESTS_AT_ONCE ?= 2
 
 LOCKS := $(wildcard requirements/*.txt)
 PROTOS := $(shell find protos -name '*.proto')
@@ -33,8 +34,8 @@ $(VENV)/.built: $(VENV)/.locked $(BUILT_FROM)
 demo: setup ## Train a real model on this CPU and watch it learn: SEED=0
 	$(BIN)/python -m examples.demo --seed $(SEED)
 
-test: setup ## The whole test suite
-	$(BIN)/python -m pytest
+test: setup ## The whole test suite: TESTS_AT_ONCE=2
+	$(BIN)/python -m pytest -n $(TESTS_AT_ONCE) --dist loadfile
 
 test-gpu: setup ## The tests that need a CUDA device
 	$(BIN)/python -m pytest tests/gpu
