@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,7 @@ from weight_transfer.digest import combine
 from weight_transfer.manifest import Manifest
 from weight_transfer.placement import Placement
 from weight_transfer.reading import Reading
+from weight_transfer.windows import WINDOW_BYTES
 from weight_transfer.write import copy
 
 
@@ -64,6 +66,21 @@ class EngineArenas(ABC):
     def gpus(self) -> tuple[str, ...]:
         """UUIDs of the GPUs that hold the policy, each once; none for host memory."""
         return tuple(dict.fromkeys(handle.gpu for handle in self.handles if handle.gpu))
+
+    @property
+    def stage_bytes(self) -> int:
+        """What one worker needs at most to stage an update that comes by NCCL."""
+        if self.workers < 2:
+            return self.manifest.nbytes
+        sizes = Counter[int]()
+        for handle in self.handles:
+            sizes[handle.rank] += handle.size
+        return max(sizes.values()) + 2 * WINDOW_BYTES
+
+    @property
+    def workers(self) -> int:
+        """How many hold parts of it."""
+        return len({handle.rank for handle in self.handles})
 
     def close(self) -> None:  # noqa: B027  # most have nothing to let go of
         """Let go of the workers, which are about to end."""

@@ -31,9 +31,9 @@ class DeviceArenas(EngineArenas):
     ) -> None:
         super().__init__(placements, reloads)
         self.nccl, self.free = nccl, free
-        self.link = Link(engine)
         self._engine = engine
         self._handles = list(handles)
+        self.link = Link(engine, self.workers, self.manifest)
 
     def __del__(self) -> None:
         for handle in self._handles:

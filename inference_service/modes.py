@@ -50,7 +50,7 @@ class Modes:
         if asked or self._setting != "auto":
             return asked or self._setting
         if transport == NCCL:  # what is free of a GPU that an engine has to itself stays so
-            return "staged" if self._arenas.manifest.nbytes + HEADROOM <= self._arenas.free else "in_place"
+            return "staged" if self._arenas.stage_bytes + HEADROOM <= self._arenas.free else "in_place"
         # What a trainer shares, it shares to write itself: no byte moves where it can.
         return "in_place" if transport == SHARED else ""
 

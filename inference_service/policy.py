@@ -152,9 +152,8 @@ class Policy:
             raise
         if way.in_place:
             update.start_writing()
-        else:
-            self.tell()
-        update.expect()
+        update.expect()  # first of all: generation may be waiting
+        self.tell()
         return update
 
     async def restore(self) -> int:

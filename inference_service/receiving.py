@@ -2,91 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from inference_service.landing import Landing, Scattered, Straight
 from weight_transfer.arena import Arena
 from weight_transfer.cuda import nccl
-from weight_transfer.digest import combine, finish
-from weight_transfer.reading import Reading
-from weight_transfer.transports.nccl import ENGINE, RANKS, TRAINER
-from weight_transfer.windows import Window, windows
+from weight_transfer.digest import combine
+from weight_transfer.manifest import Manifest
+from weight_transfer.windows import windows
 
 if TYPE_CHECKING:
     from inference_service.loader import HeldWeights
 
-#: Seconds for which nothing may come while the trainer gathers or merges its next window. Its lease ends sooner.
-_PATIENCE_S = 120.0
 
+@dataclass(frozen=True)
+class Crew:
+    """The workers of an engine, and which one this is.
 
-class _Place:
-    """Memory of the engine's layout that a policy is received in."""
+    rank: this worker's in a trainer's communicator. ranks: all of them, the trainer's among them. manifest: of what
+    comes, where each worker has parts of that alone.
+    """
 
-    def __init__(self, held: HeldWeights, arenas: list[Arena], cut: list[Window]) -> None:
-        self.arenas = arenas
-        self.spans = [
-            [(arenas[run.arena].address + run.offset, run.nbytes) for run in window.runs] for window in cut
-        ]
-        # A window is digested while the next one comes.
-        self.readings = [Reading([held.placements[i] for i in window.tensors], arenas) for window in cut]
+    rank: int = 1
+    ranks: int = 2
+    manifest: Manifest | None = None
 
 
 class Receiving:
-    """Rank 1 of a trainer's communicator. Of one thread, whose current stream it uses."""
+    """A worker's rank of a trainer's communicator. Of one thread, whose current stream it uses."""
 
-    def __init__(self, held: HeldWeights, pulse: Callable[[], None]) -> None:
-        """For an engine's weights. `pulse` is called while anything is waited for, and may raise to end it."""
+    def __init__(self, held: HeldWeights, pulse: Callable[[], None], crew: Crew) -> None:
+        """For a worker's weights. `pulse` is called while anything is waited for, and may raise to end it."""
         self._held = held
         self._pulse = pulse
-        self._windows = windows(held.placements)
-        self._live: _Place | None = None
-        self._stage: _Place | None = None
+        self._crew = crew
+        self._live: tuple[int, Landing] | None = None  # by bytes of a window
+        self._beside: tuple[int, Landing] | None = None
+        self._stage: list[Arena] = []
         self._communicator: nccl.Communicator | None = None
 
-    def join(self, id: bytes, *, staged: bool) -> dict[str, Any]:
+    def join(self, id: bytes, *, staged: bool, window: int) -> dict[str, Any]:
         """Join the communicator of that id, and have memory for what will come. Without an id the last one is kept.
 
         Raises:
-            RuntimeError: there is none, or too little memory. NcclError: among others, the trainer did not join.
+            RuntimeError: there is none, or too little memory. NcclError: among others, somebody did not join.
         """
         if id:
             self.leave()
             device = self._held.arenas[0].device
-            self._communicator = nccl.Communicator(id, ENGINE, RANKS, device, self._pulse)
+            self._communicator = nccl.Communicator(id, self._crew.rank, self._crew.ranks, device, self._pulse)
         if self._communicator is None:
             raise RuntimeError("the last update's communicator was given up")
-        self._place(staged)
+        self._landing(staged, window)
         return {}
 
-    def receive(self, *, staged: bool) -> dict[str, Any]:
+    def receive(self, *, staged: bool, window: int) -> dict[str, Any]:
         """Take all windows. Returns the policy's digest, in hexadecimal."""
-        communicator, place = self._communicator, self._place(staged)
+        communicator, landing = self._communicator, self._landing(staged, window)
         if communicator is None:
             raise RuntimeError("the last update's communicator was given up")
-        events = [communicator.broadcast(spans, TRAINER, self._pulse) for spans in place.spans]
-        begun = []
-        for event, reading in zip(events, place.readings, strict=True):
-            communicator.follow(event)
-            begun.append(reading.later())
-        parts = [finish(0, 0)] * len(self._held.placements)
-        for window, event, digests in zip(self._windows, events, begun, strict=True):
-            communicator.wait(event, _PATIENCE_S)
-            for i, digest in zip(window.tensors, digests(), strict=True):
-                parts[i] = digest
-        return {"digest": f"{combine(parts):016x}"}
+        return {"digest": f"{combine(landing.take(communicator, self._pulse)):016x}"}
 
     def install(self) -> dict[str, Any]:
         """Copy what was staged over the live weights, of which nothing may be read meanwhile."""
-        stage = self._stage
-        if stage is None:
+        if not self._stage:
             raise RuntimeError("nothing was staged")
-        for window in self._windows:
-            for run in window.runs:
+        for cut in windows(self._held.placements, 1 << 62):
+            for run in cut.runs:
                 target, source = (
                     arenas[run.arena].tensor(run.offset, (run.nbytes,), torch.uint8)
-                    for arenas in (self._held.arenas, stage.arenas)
+                    for arenas in (self._held.arenas, self._stage)
                 )
                 target.copy_(source)
         if (device := self._held.arenas[0].device).type == "cuda":
@@ -95,25 +84,35 @@ class Receiving:
 
     def rest(self) -> None:
         """Give back what the next update can have anew in no time: the memory beside the live weights."""
-        self._stage = None
+        self._stage, self._beside = [], None
+        if self._crew.manifest is not None:  # of which buckets are a part
+            self._live = None
 
     def leave(self) -> None:
-        """Give up the communicator, and what was staged."""
+        """Give up the communicator, and the memory beside the live weights."""
         communicator, self._communicator = self._communicator, None
         if communicator is not None:
             communicator.abort()
-        self._stage = None
+        self.rest()
 
     def close(self) -> None:
         """Let go of everything."""
         self.leave()
         self._live = None
 
-    def _place(self, staged: bool) -> _Place:
-        if not staged:
-            self._live = self._live or _Place(self._held, self._held.arenas, self._windows)
-            return self._live
-        if self._stage is None:
-            arenas = [Arena.create("tandem-stage", a.size, a.device) for a in self._held.arenas]
-            self._stage = _Place(self._held, arenas, self._windows)
-        return self._stage
+    def _landing(self, staged: bool, window: int) -> Landing:
+        if staged and not self._stage:
+            self._stage = [Arena.create("tandem-stage", a.size, a.device) for a in self._held.arenas]
+        kept = self._beside if staged else self._live
+        if kept is None or kept[0] != window:
+            kept = window, self._made(self._stage if staged else self._held.arenas, window)
+        if staged:
+            self._beside = kept
+        else:
+            self._live = kept
+        return kept[1]
+
+    def _made(self, arenas: Sequence[Arena], window: int) -> Landing:
+        if self._crew.manifest is None:
+            return Straight(self._held.placements, arenas, window)
+        return Scattered(self._crew.manifest, self._held.placements, arenas, window)

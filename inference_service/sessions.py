@@ -31,7 +31,8 @@ from tandem.errors import Aborted, FailedPrecondition, InvalidArgument, NotFound
 from weight_transfer import descriptors
 from weight_transfer.identity import ProcessIdentity
 from weight_transfer.manifest import TensorSpec, mismatches
-from weight_transfer.placement import Placement
+from weight_transfer.placement import Placement, packed
+from weight_transfer.windows import MIRROR_BYTES, WINDOW_BYTES
 
 log = structlog.get_logger(__name__)
 
@@ -52,6 +53,7 @@ class Session:
     mode: str = ""  # of its updates: staged, in_place, or as each begin chooses
     stage: MappedStaging | None = None  # what the trainer maps, where it is not the engine's memory
     adapter: TrainedAdapter | None = None  # what its updates carry, if not the policy
+    window_bytes: int = 0  # of what comes by NCCL
     token: bytes = b""
     aliased: bool = False  # every parameter of the trainer may be the engine's memory
     committed: bool = False  # it has committed an update: what can be aliased is
@@ -153,6 +155,7 @@ class Sessions:
         adapter: TrainedAdapter | None = None,
         mode: str = "",
         nccl: int = 0,
+        window: int = 0,
     ) -> Session:
         """Introduce a trainer that has `tensors`.
 
@@ -163,6 +166,7 @@ class Sessions:
             adapter: what its updates shall carry in place of the policy, by stream alone.
             mode: staged or in_place, or "" to have the service choose.
             nccl: the version of the trainer's NCCL, 0 if it has none.
+            window: bytes of a window as the trainer wants it, 0 if it has no wish.
 
         Raises:
             FailedPrecondition: TRANSPORT_UNAVAILABLE, saying why. And what `check` raises.
@@ -190,6 +194,7 @@ class Sessions:
             mode=mode,
             stage=MappedStaging(self._arenas.manifest) if chosen == SHARED and not shares else None,
             adapter=adapter,
+            window_bytes=min(window or WINDOW_BYTES, MIRROR_BYTES if self.ranks == 2 else WINDOW_BYTES),
             aliased=shares and not any(where[t.name].alias_reason(t.dtype) for t in tensors),
         )
         if chosen == SHARED:
@@ -231,8 +236,15 @@ class Sessions:
             return "the trainer is on the engine's GPU, which NCCL takes once"
         return ""
 
+    @property
+    def ranks(self) -> int:
+        """Of a trainer's communicator: its own, and the engine's workers'."""
+        return 1 + self._arenas.workers
+
     def handles(self, session: Session) -> list[Handle]:
-        """The memory that a shared session's trainer maps."""
+        """The memory that a session's trainer maps, or lays out its tensors for."""
+        if session.transport == NCCL and self._arenas.workers > 1:
+            return [Handle(-1, max(self._arenas.manifest.offsets[-1], 1))]
         if session.stage is None:
             return self._arenas.handles
         return [Handle(session.stage.arena.fd, session.stage.arena.size)]
@@ -240,6 +252,8 @@ class Sessions:
     def placements(self, session: Session) -> dict[str, Placement]:
         """Where in that memory it writes each tensor, by name."""
         found = self._arenas.placements if session.stage is None else session.stage.placements
+        if session.transport == NCCL and self._arenas.workers > 1:
+            found = packed(self._arenas.manifest)
         return {placement.spec.name: placement for placement in found}
 
     def takes_changes(self, session: Session) -> bool:
@@ -256,7 +270,9 @@ class Sessions:
         """
         invitation = None
         if session.transport == NCCL and isinstance(self._arenas, DeviceArenas):
-            invitation = Invitation(self._arenas.link, session.id, nccl_id, session.broke_off)
+            invitation = Invitation(
+                self._arenas.link, session.id, nccl_id, session.window_bytes, session.broke_off
+            )
         elif nccl_id:
             raise invalid("begin.nccl_id", f"the session goes by {session.transport}")
         if partial and not self.takes_changes(session):

@@ -11,7 +11,7 @@ from tandem.errors import FailedPrecondition, Reason, Violation, invalid
 from weight_transfer.arena import Arena
 from weight_transfer.digest import combine, digest_tensors
 from weight_transfer.manifest import Manifest, TensorSpec
-from weight_transfer.placement import Block, Placement, contiguous_strides
+from weight_transfer.placement import Placement, packed
 
 
 class Staging:
@@ -60,11 +60,7 @@ class MappedStaging(Staging):
     @property
     def placements(self) -> list[Placement]:
         """Where it writes each tensor of the manifest: arena 0."""
-        return [
-            Placement(spec, (Block(0, offset, strides, 0, strides, spec.shape),))
-            for offset, spec in zip(self._offsets, self._manifest, strict=False)
-            for strides in [contiguous_strides(spec.shape)]
-        ]
+        return packed(self._manifest)
 
     def complete(self) -> list[torch.Tensor]:
         """The tensors, whatever was written: the digest tells."""

@@ -68,10 +68,9 @@ class Update:
         self._stopped_at = time.perf_counter()
 
     def start_writing(self) -> None:
-        """From here on a failure leaves a mix."""
+        """From here on a failure leaves a mix. The policy must `tell` of it."""
         self.writing = True
         self._policy.writes += self._incoming.of_policy
-        self._policy.tell()
 
     def chunk(self, tensor: int, offset: int, data: bytes) -> None:
         """Take a piece of a tensor.
@@ -91,6 +90,15 @@ class Update:
     def _still_moves(self) -> None:
         if self._checked is not None:
             raise FailedPrecondition(Reason.UPDATE_ORDER, "the update is prepared: nothing moves any more")
+
+    @property
+    def coming(self) -> bool:
+        """Whether bytes are under way that come by themselves."""
+        return self._incoming.coming
+
+    async def arrived(self) -> None:
+        """Wait until none are. The trainer has the lease meanwhile."""
+        await self._incoming.arrived()
 
     async def prepare(self, digest: int | None) -> None:
         """See that all of a staged update is there and is what the trainer has, so that `commit` only installs it.
@@ -170,6 +178,7 @@ class Update:
         if not self.in_place:
             await self.stop_generation()
             self.start_writing()
+            self._policy.tell()
         await self._incoming.install()
         await self._reload()
         if self._forgotten is not None:

@@ -94,12 +94,23 @@ class TandemWorker:
             copy(placement.pairs(held.arenas, tensor.to(held.arenas[0].device)))
         self.tandem_settle()
 
-    def tandem_link(self, path: str) -> None:
-        """Begin the thread that receives by NCCL, and have it connect to the service's socket at `path`."""
+    def tandem_link(
+        self, path: str, ranks: int = 2, specs: list[tuple[str, str, list[int]]] | None = None
+    ) -> None:
+        """Begin the thread that receives by NCCL, and have it connect to the service's socket at `path`.
+
+        Args:
+            ranks: of the communicators that it will join: a trainer's, and those of all workers.
+            specs: what comes, where each worker has parts of that alone.
+        """
+        from inference_service.receiving import Crew
         from inference_service.worker_link import WorkerLink
 
+        rank: int = self.rank  # type: ignore[attr-defined]
+        manifest = Manifest(tuple(TensorSpec(n, d, tuple(s)) for n, d, s in specs)) if specs else None
         before: WorkerLink | None = self.__dict__.get("_tandem_line")
-        self.__dict__["_tandem_line"] = WorkerLink(self._tandem_model().tandem, path, before)
+        crew = Crew(rank + 1, ranks, manifest)
+        self.__dict__["_tandem_line"] = WorkerLink(self._tandem_model().tandem, path, before, crew)
 
     def tandem_adapter_missing(self, modules: list[str]) -> list[str]:
         """Those of `modules` that cannot be adapted here."""

@@ -10,7 +10,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from inference_service.receiving import Receiving
+from inference_service.receiving import Crew, Receiving
 from weight_transfer.cuda.nccl import own_stream
 
 if TYPE_CHECKING:
@@ -28,7 +28,9 @@ class _EndedError(Exception):
 class WorkerLink:
     """Carries out one order after the other. `abort` takes back the one under way, and is not answered."""
 
-    def __init__(self, held: HeldWeights, path: str, before: WorkerLink | None = None) -> None:
+    def __init__(
+        self, held: HeldWeights, path: str, before: WorkerLink | None = None, crew: Crew | None = None
+    ) -> None:
         """Connect to the service's socket at `path`, and begin once the link before has ended, as it does by itself."""
         self._line = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._line.settimeout(_CONNECT_S)
@@ -36,7 +38,7 @@ class WorkerLink:
         self._read = b""
         self._orders: list[dict[str, Any]] = []
         self._beaten = 0.0
-        self._receiving = Receiving(held, self._pulse)
+        self._receiving = Receiving(held, self._pulse, crew or Crew())
         self._device = held.arenas[0].device
         self._before = before
         self._thread = threading.Thread(target=self._run, name="tandem-link", daemon=True)
@@ -63,9 +65,9 @@ class WorkerLink:
         try:
             match order["do"]:
                 case "join":
-                    found = self._receiving.join(bytes.fromhex(order["id"]), staged=order["staged"])
+                    found = self._receiving.join(bytes.fromhex(order["id"]), **_how(order))
                 case "receive":
-                    found = self._receiving.receive(staged=order["staged"])
+                    found = self._receiving.receive(**_how(order))
                 case "install":
                     found = self._receiving.install()
                 case "abort":
@@ -112,3 +114,7 @@ class WorkerLink:
     def _say(self, what: dict[str, Any]) -> None:
         self._beaten = time.monotonic()
         self._line.sendall(json.dumps(what).encode() + b"\n")
+
+
+def _how(order: dict[str, Any]) -> dict[str, Any]:
+    return {"staged": order["staged"], "window": order["window"]}

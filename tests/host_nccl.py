@@ -1,4 +1,4 @@
-"""What takes NCCL's place in tests without a GPU: two ranks that meet on a Unix socket, and bytes of host memory.
+"""What takes NCCL's place in tests without a GPU: ranks that meet on a Unix socket, and bytes of host memory.
 
 As with NCCL, a rank that joined and then goes away is not noticed by the other: it waits until it is told to stop. All
 that is ours (windows, mirrors, buckets, the line to the worker, deadlines, the policy's states) is the real thing.
@@ -10,7 +10,9 @@ import contextlib
 import ctypes
 import functools
 import os
+import queue
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -21,20 +23,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from inference_service import receiving
+from inference_service import sessions
 from inference_service.arenas import EngineArenas, Handle
 from inference_service.device_arenas import DeviceArenas
-from inference_service.servicers import weights as servicer
 from inference_service.worker_link import WorkerLink
 from tests.weight_service import IdleEngine, engine_arenas, network
 from trainer_service import session
 from trainer_service.client import InferenceClient
+from trainer_service.lease import Lease
 from trainer_service.weights import PolicyWeights
 from weight_transfer.cuda import nccl
 from weight_transfer.digest import combine
 from weight_transfer.reading import Reading
+from weight_transfer.transports import Sum
 from weight_transfer.transports.nccl import NcclTransport
-from weight_transfer.windows import windows
 
 ENGINE_GPU = "GPU-engine"
 WINDOW_BYTES = 64
@@ -44,7 +46,12 @@ _for_good = contextlib.ExitStack()
 
 
 def sending(window: int) -> None:
-    """Called by the trainer's rank before it sends each window: for tests to put another in its place."""
+    """Called by the trainer's rank before it is told to send each window: for tests to put another in its place."""
+
+
+def carried(window: int, memory: memoryview) -> memoryview:
+    """What the wire makes of a part of a window, as it goes: for tests to put another in its place."""
+    return memory
 
 
 def unique_id() -> bytes:
@@ -53,7 +60,7 @@ def unique_id() -> bytes:
 
 
 class HostCommunicator:
-    """Rank 0 listens, rank 1 connects."""
+    """Rank 0 listens, the others connect. What it is told to send goes by itself, as a GPU does it."""
 
     def __init__(
         self,
@@ -66,69 +73,96 @@ class HostCommunicator:
         join_s: float = nccl.JOIN_S,
     ) -> None:
         path = id.rstrip(b"\0").decode()
-        self._rank, self._check = rank, check
-        self._line: socket.socket | None = None
+        self._rank, self._size, self._check = rank, size, check
+        self._lines: list[socket.socket] = []
+        self._aborted = False
+        self._queue: queue.SimpleQueue[tuple[int, Sequence[nccl.Span], threading.Event]] = queue.SimpleQueue()
         self._windows = 0
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
             if rank == 0:
                 listener.bind(path)
-                listener.listen(1)
+                listener.listen(size)
                 listener.setblocking(False)
             self._until(lambda: self._meet(listener, path), join_s, "the other side did not join")
+        if rank == 0:
+            threading.Thread(target=self._send, name="host-nccl", daemon=True).start()
 
     def _meet(self, listener: socket.socket, path: str) -> bool:
         if self._rank == 0:
             with contextlib.suppress(BlockingIOError):
-                self._line = listener.accept()[0]
-        else:
-            line = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            try:
-                line.connect(path)
-                self._line = line
-            except OSError:
-                line.close()
-        if self._line is not None:
-            self._line.setblocking(False)
-        return self._line is not None
+                self._lines.append(listener.accept()[0])
+                self._lines[-1].setblocking(False)
+            return len(self._lines) == self._size - 1
+        line = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            line.connect(path)
+        except OSError:
+            line.close()
+            return False
+        line.setblocking(False)
+        self._lines.append(line)
+        return True
 
     def broadcast(
         self, spans: Sequence[nccl.Span], root: int, check: Callable[[], None], after: Any = None
-    ) -> None:
+    ) -> threading.Event:
         self._check = check
+        there = threading.Event()
         if self._rank == root:
             sending(self._windows)
-        self._windows += 1
-        for address, nbytes in spans:
-            memory = memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
-            step = functools.partial(self._more, memory, [0], root)
+            self._queue.put((self._windows, spans, there))
+            self._windows += 1
+            return there
+        for span in spans:
+            step = functools.partial(self._take, _memory(span), [0])
             self._until(step, nccl.STALL_S, "the other side stopped")
+        there.set()
+        return there
 
-    def _more(self, memory: memoryview, at: list[int], root: int) -> bool:
-        if self._line is None:
+    def _take(self, memory: memoryview, at: list[int]) -> bool:
+        if self._aborted:
             raise nccl.NcclError("the communicator was aborted")
         with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
-            if self._rank == root:
-                at[0] += self._line.send(memory[at[0] :])
-            else:
-                at[0] += self._line.recv_into(memory[at[0] :])  # nothing where the other side is gone
+            at[0] += self._lines[0].recv_into(memory[at[0] :])  # nothing where the other side is gone
         return at[0] == len(memory)
+
+    def _send(self) -> None:
+        while not self._aborted:
+            with contextlib.suppress(queue.Empty):
+                window, spans, there = self._queue.get(timeout=0.05)
+                for span in spans:
+                    memory = carried(window, _memory(span))
+                    at = [0] * (self._size - 1)
+                    while not self._aborted and min(at) < len(memory):
+                        self._give(memory, at)
+                if not self._aborted:
+                    there.set()
+
+    def _give(self, memory: memoryview, at: list[int]) -> None:
+        before = list(at)
+        for i, line in enumerate(list(self._lines)):
+            with contextlib.suppress(OSError):  # whoever is gone takes nothing more, as with NCCL
+                at[i] += line.send(memory[at[i] :])
+        if at == before:
+            time.sleep(_POLL_S)
 
     def mark(self) -> None:
         return None
 
-    def follow(self, event: None) -> None:
+    def follow(self, event: Any) -> None:
         return None
 
     def beside(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
-    def wait(self, event: None, seconds: float = nccl.STALL_S) -> None:
-        return None
+    def wait(self, event: threading.Event | None, seconds: float = nccl.STALL_S) -> None:
+        if event is not None:
+            self._until(event.is_set, seconds, "the other side stopped")
 
     def abort(self) -> None:
-        if self._line is not None:
-            self._line.close()
-            self._line = None
+        self._aborted = True
+        while self._lines:
+            self._lines.pop().close()
 
     def _until(self, done: Callable[[], bool], seconds: float, late: str) -> None:
         end = time.monotonic() + seconds
@@ -141,6 +175,11 @@ class HostCommunicator:
         except BaseException:
             self.abort()
             raise
+
+
+def _memory(span: nccl.Span) -> memoryview:
+    address, nbytes = span
+    return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
 
 
 @contextlib.contextmanager
@@ -185,8 +224,7 @@ class NcclEngine(IdleEngine):
 def on_a_gpu(model: torch.nn.Module) -> tuple[NcclEngine, EngineArenas]:
     """An engine and its arenas, for a service of a process of its own. Windows are of a few tensors."""
     _for_good.enter_context(instead_of_nccl())
-    receiving.windows = functools.partial(windows, limit=WINDOW_BYTES)  # type: ignore[assignment]
-    servicer.WINDOW_BYTES = WINDOW_BYTES
+    sessions.WINDOW_BYTES = sessions.MIRROR_BYTES = WINDOW_BYTES  # type: ignore[misc]
     memory = engine_arenas(model)
     engine = NcclEngine(memory)
     handles = [Handle(os.dup(arena.fd), arena.size, ENGINE_GPU) for arena in memory.arenas]
@@ -222,9 +260,29 @@ def dying_trainer(address: str, mode: str, where: str, reached: Connection) -> N
             HostCommunicator.__init__ = stop  # type: ignore[assignment,method-assign]
         elif where == "before any byte":
             _send_hook(lambda window: stop())
+        elif where == "commit sent":
+            _wire_hook(lambda window, memory: memory if window < 1 else time.sleep(60))  # type: ignore[return-value]
+            _tell_of_commit(reached)
         else:
             _send_hook(lambda window: stop() if window % 2 else None)
         weights.sync()
+
+
+def _tell_of_commit(reached: Connection) -> None:
+    send = Lease.send
+
+    def told(self: Lease, piece: Any) -> None:
+        send(self, piece)
+        if isinstance(piece, Sum):
+            time.sleep(0.2)  # until it is there
+            reached.send("commit sent")
+
+    Lease.send = told  # type: ignore[method-assign]
+
+
+def _wire_hook(hook: Callable[[int, memoryview], memoryview]) -> None:
+    global carried
+    carried = hook
 
 
 def _send_hook(hook: Callable[[int], None]) -> None:

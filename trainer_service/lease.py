@@ -12,7 +12,7 @@ from tandem.errors import DeadlineExceeded, Internal, Reason, TandemError
 from tandem.weights.v1 import weights_pb2 as pb
 from tandem.weights.v1.weights_pb2_grpc import WeightServiceStub
 from trainer_service.heart import HEART
-from weight_transfer.transports import Chunk, Piece
+from weight_transfer.transports import Chunk, Piece, Sum
 
 _HEARTBEAT = pb.UpdateWeightsRequest(heartbeat=pb.Heartbeat())
 
@@ -55,6 +55,8 @@ class Lease:
         self._answer_timeout_s = answer_timeout_s
         self._answer_by: float | None = None
         self._overdue = False
+        self._done: pb.UpdateWeightsResponse | None = None
+        self.promised = False  # the commit was sent, while bytes were still on their way by themselves
         self._outbox.put(pb.UpdateWeightsRequest(begin=begin))
         self._call = stub.UpdateWeights(self._messages(), timeout=timeout_s)
         try:
@@ -66,8 +68,15 @@ class Lease:
             raise
 
     def send(self, piece: Piece) -> None:
-        """Put a piece in the stream. Waits while the service is behind; raises if the update has ended."""
-        if isinstance(piece, Chunk):
+        """Put a piece in the stream. Waits while the service is behind; raises if the update has ended.
+
+        A `Sum` is the commit itself: the service waits for the bytes, and until they are there the update can be given
+        up or lost as before.
+        """
+        if isinstance(piece, Sum):
+            self.promised = True
+            self._put(pb.UpdateWeightsRequest(commit=pb.CommitUpdate(digest=piece.digest)))
+        elif isinstance(piece, Chunk):
             chunk = pb.TensorChunk(tensor=piece.tensor, offset=piece.offset, data=piece.data)
             self._put(pb.UpdateWeightsRequest(chunk=chunk))
         else:
@@ -75,8 +84,9 @@ class Lease:
 
     def check(self) -> None:
         """Raise what ended the update, if the service did."""
-        if not self._call.is_active():
-            self._answer("")
+        if not self._call.is_active() and self._done is None:
+            done = self._answer("committed" if self.promised else "")
+            self._done = done  # it was quicker than what is looked at here
 
     def prepare(self, digest: int) -> None:
         """Return once all is there and has this digest, so that `commit`, which needs none then, only installs it.
@@ -101,9 +111,10 @@ class Lease:
             TandemError: it was not committed; or, where the connection broke, that is not known.
         """
         try:
-            self._put(pb.UpdateWeightsRequest(commit=pb.CommitUpdate(digest=digest)))
+            if not self.promised:
+                self._put(pb.UpdateWeightsRequest(commit=pb.CommitUpdate(digest=digest)))
             meanwhile()
-            committed = self._answer("committed").committed
+            committed = (self._done or self._answer("committed")).committed
             return committed.weight_version, committed.stopped.ToNanoseconds() / 1e9
         finally:
             self._end()

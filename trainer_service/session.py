@@ -19,6 +19,7 @@ from weight_transfer.identity import ProcessIdentity
 from weight_transfer.manifest import Manifest, TensorSpec
 from weight_transfer.placement import Block, Placement
 from weight_transfer.transports import Handshake, SourceTensor, open_transport
+from weight_transfer.transports.outgoing import window_wanted
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +96,7 @@ class Session:
             identity=_identity(policy),
             tensors=specs_of(policy),
             nccl_version=nccl.version() if _device(policy) else 0,
+            nccl_window_bytes=window_wanted(manifest, policy),
         )
 
     def _carried(self, manifest: Manifest, opened: pb.OpenSessionResponse) -> Manifest:
@@ -109,10 +111,12 @@ class Session:
         ready_timeout_s: float = ANSWER_TIMEOUT_S,
         partial: bool | None = None,
         meanwhile: Callable[[], None] = lambda: None,
+        stands: bool = False,
     ) -> Lease:
         """Take the lease for the update that makes version `number` on top of `weight_version`.
 
-        `meanwhile` is called while the engine stops. `partial` is what the session's transport says, if None.
+        `meanwhile` is called while the engine stops. `partial` is what the session's transport says, if None. `stands`:
+        what will be moved is what the transport has as it `stands`, which may therefore go ahead.
 
         Raises:
             FailedPrecondition: somebody else made a newer version.
@@ -123,23 +127,30 @@ class Session:
 
         def joined(lease: Lease) -> None:
             transport.join(lease.check)
+            if stands:
+                transport.ahead()
             meanwhile()
 
-        return Lease(
-            self._client.weights,
-            pb.BeginUpdate(
-                session_id=self.id,
-                base_version=self.weight_version,
-                new_version=number,
-                partial=transport.partial if partial is None else partial,
-                nccl_id=transport.invitation(),
-            ),
-            heartbeat_s=max(self.lease_timeout_s / 4, 0.05),
-            timeout_s=timeout_s,
-            ready_timeout_s=ready_timeout_s,
-            answer_timeout_s=ANSWER_TIMEOUT_S,
-            meanwhile=joined,
+        begin = pb.BeginUpdate(
+            session_id=self.id,
+            base_version=self.weight_version,
+            new_version=number,
+            partial=transport.partial if partial is None else partial,
+            nccl_id=transport.invitation(),
         )
+        try:
+            return Lease(
+                self._client.weights,
+                begin,
+                heartbeat_s=max(self.lease_timeout_s / 4, 0.05),
+                timeout_s=timeout_s,
+                ready_timeout_s=ready_timeout_s,
+                answer_timeout_s=ANSWER_TIMEOUT_S,
+                meanwhile=joined,
+            )
+        except BaseException:
+            transport.withdraw()
+            raise
 
     def holds(self, number: int, digest: int) -> bool:
         """Whether the engine has committed weights of this digest as version `number`."""
@@ -226,6 +237,7 @@ def _handshake(
         staged=opened.mode == pb.UPDATE_MODE_STAGED,
         partial=sparse and opened.partial,
         window_bytes=opened.nccl.window_bytes,
+        ranks=opened.nccl.ranks,
         device=_device(policy),
     )
 

@@ -24,7 +24,8 @@ class UpdateStats:
 
     nbytes: moved, as they travel. seconds: spent on it here. stopped: seconds for which generation stood still, the
     longest of several engines'. changed: elements that it brought anew, where these alone were looked for. ready: of
-    `seconds`, those until the service let us write. committed: and those from Commit to its answer.
+    `seconds`, those until the service let us write. committed: and those from when all
+    was moved until the service said that it is committed.
     """
 
     weight_version: int

@@ -254,11 +254,11 @@ class PolicyWeights:
         started = time.perf_counter()
         sent_as_it_stands = not self._dirty and not self.aliased and self._stands()
         policy = [] if sent_as_it_stands else self._policy(session.names)
-        lease = self._begin()
+        lease = self._begin(stands=sent_as_it_stands)
         self._move(lease, policy, started)
         return None
 
-    def _begin(self, meanwhile: Callable[[], None] = lambda: None) -> Lease:
+    def _begin(self, meanwhile: Callable[[], None] = lambda: None, *, stands: bool = False) -> Lease:
         session = self._session
         assert session is not None  # noqa: S101  for the type checker
         last, base = self.weight_version, session.weight_version
@@ -270,7 +270,7 @@ class PolicyWeights:
             session.transport.forget()
         started = time.perf_counter()
         try:
-            lease = patiently(lambda: session.begin(number, meanwhile=meanwhile))
+            lease = patiently(lambda: session.begin(number, meanwhile=meanwhile, stands=stands))
         except TransportError as error:
             raise broken_off(error) from error
         self._ready = time.perf_counter() - started
@@ -297,6 +297,8 @@ class PolicyWeights:
             moved = session.transport.move(policy, lease.send, digest=wanted)
         except BaseException as error:
             lease.abort(str(error), untouched=not (wrote or session.transport.touched))
+            # All may have been there nevertheless: then its digest tells that it was committed.
+            self._asked = self._number if lease.promised else 0
             if isinstance(error, TransportError):
                 raise broken_off(error) from error
             raise

@@ -99,12 +99,20 @@ class Digester:
         return self.later()()
 
     def later(self) -> Callable[[], list[int]]:
-        """Begin, in the order of torch's current stream where that is a device's; call the result for the digests."""
+        """Begin, in the order of torch's current stream where that is a device's; call the result for the digests.
+
+        It waits for nothing that was put into the stream afterwards.
+        """
         if self._sums is None:
             found = _core.digest_regions(self._regions, self._threads)
             return lambda: found
-        totals = self._sums()
-        return lambda: finished(totals.cpu().numpy(), self._nbytes)
+        totals, there = self._sums.later()
+
+        def read() -> list[int]:
+            there.synchronize()
+            return finished(totals.numpy(), self._nbytes)
+
+        return read
 
     def look(self) -> torch.Tensor:
         """Something that compares equal, by torch.equal, as long as the tensors' bytes do: int64, where they are.

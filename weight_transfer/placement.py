@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from weight_transfer.manifest import ITEMSIZE, TensorSpec
+from weight_transfer.manifest import ITEMSIZE, Manifest, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -111,6 +111,15 @@ class Placement:
         for part, place in self.pairs(arenas, out):
             part.copy_(place)
         return out
+
+
+def packed(manifest: Manifest) -> list[Placement]:
+    """All tensors one after the other in one arena, of `manifest.offsets[-1]` bytes, in the manifest's order."""
+    return [
+        Placement(spec, (Block(0, offset, strides, 0, strides, spec.shape),))
+        for offset, spec in zip(manifest.offsets, manifest, strict=False)
+        for strides in [contiguous_strides(spec.shape)]
+    ]
 
 
 def merged(blocks: Sequence[Block], itemsize: int) -> tuple[Block, ...]:

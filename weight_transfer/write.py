@@ -47,6 +47,23 @@ def again(
     return again_on_device(items, arenas)
 
 
+def scattering(
+    items: Sequence[tuple[Placement, torch.Tensor]], arenas: Sequence[Arena]
+) -> Callable[[], None]:
+    """`write` of the same tensors into the same places again and again, without digests.
+
+    On a CUDA device, where tensors and arenas are on the same one, it is done in the order of the current stream, and
+    nothing is waited for.
+    """
+    device = arenas[0].device
+    if device.type == "cuda" and all(tensor.device == device for _, tensor in items):
+        from weight_transfer.cuda.write import scattering as scattering_on_device
+
+        return scattering_on_device(items, arenas)
+    pairs = [pair for place, tensor in items for pair in place.pairs(arenas, tensor)]
+    return lambda: copy(pairs)
+
+
 def copy(pairs: Sequence[Pair]) -> None:
     """Write each source into its destination, wherever both are. In host memory this is `scatter`, with its errors."""
     if all(tensor.device.type == "cpu" for pair in pairs for tensor in pair):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from inference_service.host import Host
 from inference_service.policy import Policy
@@ -30,9 +30,9 @@ from weight_transfer.identity import ProcessIdentity
 from weight_transfer.manifest import Manifest, TensorSpec
 from weight_transfer.placement import Placement
 from weight_transfer.sparse import Packed
-from weight_transfer.windows import WINDOW_BYTES
 
 _TICKS = 8
+T = TypeVar("T")
 _TRANSPORT = {SHARED: pb.TRANSPORT_SHARED, NCCL: pb.TRANSPORT_NCCL, STREAM: pb.TRANSPORT_STREAM}
 _MODE = {"in_place": pb.UPDATE_MODE_IN_PLACE, "staged": pb.UPDATE_MODE_STAGED}
 
@@ -63,7 +63,8 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
             digest = asked.base_digest if asked.HasField("base_digest") else None
             specs = _specs(asked.tensors, "adapter.tensors")
             adapter = await trained_adapter(policy, asked.name, specs, digest)
-        session = sessions.open(tensors, identity, transport, adapter, mode, request.nccl_version)
+        how = {"nccl": request.nccl_version, "window": request.nccl_window_bytes}
+        session = sessions.open(tensors, identity, transport, adapter, mode, **how)
         response = pb.OpenSessionResponse(
             session_id=session.id,
             engine_id=policy.engine.info.engine_id,
@@ -81,7 +82,8 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
             response.shared.descriptor_socket = sessions.path
             response.shared.token = session.token
         elif session.transport == NCCL:
-            response.nccl.window_bytes = WINDOW_BYTES
+            response.nccl.window_bytes = session.window_bytes
+            response.nccl.ranks = sessions.ranks
         if session.transport in (SHARED, NCCL):
             where, staged = sessions.placements(session), session.stage is not None
             layout = response.shared if session.transport == SHARED else response.nccl
@@ -120,7 +122,8 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
                 update = await (trainer.heard_during(beginning) if begin.nccl_id else beginning)
                 async with _Lease(update) as lease:
                     if reason := trainer.has_gone:  # before it was told that it may write
-                        await lease.settle().abort(untouched=True, reason=reason)
+                        # What comes by NCCL is on its way.
+                        await lease.settle().abort(untouched=way.invitation is None, reason=reason)
                         raise Aborted(Reason.LEASE_LOST, reason)
                     chosen = _MODE["in_place" if way.in_place else "staged"]
                     yield pb.UpdateWeightsResponse(ready=pb.UpdateReady(mode=chosen))
@@ -154,6 +157,8 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
                     digest = message.commit.digest if message.commit.HasField("digest") else None
                     if digest is None and not prepared and not (session.aliased and session.committed):
                         raise invalid("commit.digest", "required, since bytes moved")
+                    if lease.update.coming:
+                        await trainer.heard_during(lease.update.arrived())
                     version = await lease.settle().commit(digest)
                     session.committed = True
                     committed = pb.UpdateCommitted(weight_version=version)
@@ -252,8 +257,8 @@ class _Trainer:
                 raise Aborted(Reason.LEASE_LOST, reason)
         raise Aborted(Reason.LEASE_LOST, f"nothing was heard of the trainer for {self._timeout:g} s")
 
-    async def heard_during(self, work: Coroutine[Any, Any, Update]) -> Update:
-        """Await `work`, in which the trainer has nothing to say but that it is there.
+    async def heard_during(self, work: Coroutine[Any, Any, T]) -> T:
+        """Await `work`, in which the trainer has nothing to say but that it is there, or that it gives up.
 
         Raises as `next` does: `work` is cancelled then. FailedPrecondition: UPDATE_ORDER.
         """
@@ -267,8 +272,11 @@ class _Trainer:
                     await asyncio.wait({hearing})
                     if not hearing.cancelled() and hearing.exception() is None:
                         self._kept = hearing.result()
-                elif (step := hearing.result().WhichOneof("step")) != "heartbeat":
-                    raise FailedPrecondition(Reason.UPDATE_ORDER, f"{step or 'an empty step'} before Ready")
+                elif (step := hearing.result().WhichOneof("step")) == "abort":
+                    raise Aborted(Reason.LEASE_LOST, hearing.result().abort.reason or "the trainer gave up")
+                elif step != "heartbeat":
+                    what = f"{step or 'an empty step'} while the service has to answer"
+                    raise FailedPrecondition(Reason.UPDATE_ORDER, what)
             return working.result()
         finally:
             if not working.done():

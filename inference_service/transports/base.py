@@ -76,6 +76,14 @@ class Incoming(ABC):
         """Take elements of a tensor that changed. Raises as `chunk` does."""
         raise FailedPrecondition(Reason.UPDATE_ORDER, "sparse chunks belong to partial updates")
 
+    async def arrived(self) -> None:  # noqa: B027
+        """Wait until nothing is under way that comes by itself, and not in messages: the trainer is still needed."""
+
+    @property
+    def coming(self) -> bool:
+        """Whether something is, so that `arrived` waits."""
+        return False
+
     @abstractmethod
     async def check(self, digest: int | None) -> None:
         """See that everything is there, and is what the trainer has.

@@ -18,12 +18,14 @@ ID_BYTES = 128
 class Invitation:
     """To one update by NCCL.
 
-    id: of the communicator to join, b"" to stay in the session's last one. broken: told the reason where it breaks off.
+    id: of the communicator to join, b"" to stay in the session's last one. window: bytes of a window. broken: told the
+    reason where it breaks off.
     """
 
     link: Link
     session: str
     id: bytes
+    window: int
     broken: Callable[[str], None]
 
     def __post_init__(self) -> None:
@@ -52,17 +54,28 @@ class OverNccl(Incoming):
         if not asked.id:
             return
         link.joined = ""
-        await link.answered(link.order("join", id=asked.id.hex(), staged=self._staged))
+        await link.answered(link.order("join", id=asked.id.hex(), **self._how()))
         link.joined = asked.session
 
     def expect(self) -> None:
-        answer = self._link.order("receive", staged=self._staged)
+        answer = self._link.order("receive", **self._how())
         self._received = asyncio.ensure_future(self._link.answered(answer))
         self._received.add_done_callback(self._tell)
+
+    def _how(self) -> dict[str, Any]:
+        return {"staged": self._staged, "window": self._invitation.window}
 
     def _tell(self, received: asyncio.Task[dict[str, Any]]) -> None:
         if not received.cancelled() and (error := received.exception()) is not None:
             self._invitation.broken(error.message if isinstance(error, TandemError) else str(error))
+
+    @property
+    def coming(self) -> bool:
+        return self._received is not None and not self._received.done()
+
+    async def arrived(self) -> None:
+        if self._received is not None:
+            await asyncio.wait({self._received})
 
     async def check(self, digest: int | None) -> None:
         if self._received is None:

@@ -24,8 +24,10 @@ from tests import host_nccl
 from tests.host_nccl import write
 from tests.weight_service import WeightService, _processes, network
 from trainer_service.client import InferenceClient
+from trainer_service.lease import Lease
 from trainer_service.weights import PolicyWeights
 from weight_transfer.transports.base import digest_of
+from weight_transfer.transports.nccl import NcclTransport
 
 LEASE_S = 0.6
 MODES = pytest.mark.parametrize("mode", ["in_place", "staged"])
@@ -100,6 +102,41 @@ def test_one_communicator_serves_all_updates(trainer: Any, monkeypatch: pytest.M
     assert len(made) == 1
 
 
+@MODES
+def test_what_stands_goes_ahead_and_the_commit_before_the_last_bytes(trainer: Any, mode: str) -> None:
+    model, weights = trainer(mode)
+    weights.sync()
+    order: list[str] = []
+    answer, send = Lease._answer, Lease.send
+
+    def answered(self: Lease, step: str, *more: Any) -> Any:
+        found = answer(self, step, *more)
+        order.append(f"{step} told")
+        return found
+
+    def slow(window: int, memory: memoryview) -> memoryview:
+        time.sleep(0.1)
+        order.append("bytes")
+        return memory
+
+    def sent(self: Lease, piece: Any) -> None:
+        order.append("commit sent")
+        send(self, piece)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Lease, "_answer", answered)
+        patch.setattr(Lease, "send", sent)
+        patch.setattr(host_nccl, "sending", lambda window: order.append("window"))
+        patch.setattr(host_nccl, "carried", slow)
+        for seed in range(2):
+            write(model, seed)
+            order.clear()
+            weights.sync()
+            assert order.index("window") < order.index("ready told")
+            last = len(order) - 1 - order[::-1].index("bytes")
+            assert order.index("commit sent") < last < order.index("committed told")
+
+
 def test_parameters_that_became_the_mirror_are_the_trainers_own_again(trainer: Any) -> None:
     model, weights = trainer()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -130,24 +167,18 @@ def test_bytes_that_change_on_the_way_are_noticed(client: InferenceClient, train
     model, weights = trainer(mode)
     weights.sync()
     before = now(client, digest=True)
-    broadcast = host_nccl.HostCommunicator.broadcast
+    as_it_is = host_nccl.carried
 
-    def spoilt(self: Any, spans: Any, root: int, *more: Any) -> None:
-        (address, _), *_ = spans
-        byte = (host_nccl.ctypes.c_ubyte * 1).from_address(address)
-        byte[0] ^= 1
-        try:
-            broadcast(self, spans, root, *more)
-        finally:
-            byte[0] ^= 1
+    def spoilt(window: int, memory: memoryview) -> memoryview:
+        return memoryview(bytes([memory[0] ^ 1]) + bytes(memory[1:]))
 
-    host_nccl.HostCommunicator.broadcast = spoilt  # type: ignore[method-assign]
+    host_nccl.carried = spoilt
     try:
         write(model, 1)
         with pytest.raises(DataLoss) as lost:
             weights.sync()
     finally:
-        host_nccl.HostCommunicator.broadcast = broadcast  # type: ignore[method-assign]
+        host_nccl.carried = as_it_is
     assert lost.value.reason == Reason.DIGEST_MISMATCH
     after = now(client)
     assert after.weight_version == before.weight_version
@@ -165,9 +196,13 @@ def test_two_trainers_take_turns(client: InferenceClient, trainer: Any) -> None:
     model, second = trainer()
     write(model, 3)
     second.sync()
+    assert first._stands(), "what it sends goes ahead"
     with pytest.raises(FailedPrecondition) as taken:
         first.sync()
     assert taken.value.reason == Reason.BASE_VERSION_MISMATCH
+    assert first._session is not None
+    assert isinstance(first._session.transport, NcclTransport)
+    assert first._session.transport._communicator is None, "it would wait for an engine that never comes"
     second.sync()
     assert holds(client, second)
 
@@ -194,7 +229,7 @@ def test_a_begin_that_does_not_fit_changes_nothing(
 
 @MODES
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGSTOP], ids=["kill", "stop"])
-@pytest.mark.parametrize("where", ["joining", "before any byte", "between two windows"])
+@pytest.mark.parametrize("where", ["joining", "before any byte", "between two windows", "commit sent"])
 def test_a_trainer_that_goes_away_leaves_the_old_version_or_nothing(
     service: WeightService, client: InferenceClient, trainer: Any, mode: str, kind: signal.Signals, where: str
 ) -> None:

@@ -33,11 +33,11 @@ class Orders:
         self.done: list[str] = []
         self.does: Callable[[], dict[str, Any]] = dict
 
-    def join(self, id: bytes, *, staged: bool) -> dict[str, Any]:
+    def join(self, id: bytes, *, staged: bool, window: int) -> dict[str, Any]:
         self.done.append("join")
         return self.does()
 
-    def receive(self, *, staged: bool) -> dict[str, Any]:
+    def receive(self, *, staged: bool, window: int) -> dict[str, Any]:
         self.done.append("receive")
         return self.does()
 
@@ -70,7 +70,7 @@ class Worker:
 
 @pytest.fixture
 def worker(monkeypatch: pytest.MonkeyPatch) -> Worker:
-    monkeypatch.setattr(worker_link, "Receiving", lambda held, pulse: Orders(pulse))
+    monkeypatch.setattr(worker_link, "Receiving", lambda held, pulse, crew: Orders(pulse))
     return Worker()
 
 
@@ -94,7 +94,10 @@ def works(orders: Orders, over: threading.Event) -> dict[str, Any]:
 
 async def test_orders_are_answered_in_turn(link: Link, worker: Worker) -> None:
     worker.orders.does = lambda: {"digest": "1f"}
-    first, second = link.order("join", id="", staged=True), link.order("receive", staged=True)
+    first, second = (
+        link.order("join", id="", staged=True, window=64),
+        link.order("receive", staged=True, window=64),
+    )
     assert (await link.answered(second))["digest"] == "1f"
     assert first.done()
     assert worker.orders.done == ["join", "receive"]
@@ -103,7 +106,7 @@ async def test_orders_are_answered_in_turn(link: Link, worker: Worker) -> None:
 async def test_one_that_works_for_long_says_that_it_is_there(link: Link, worker: Worker) -> None:
     over = threading.Event()
     worker.orders.does = lambda: works(worker.orders, over)
-    answer = link.order("receive", staged=False)
+    answer = link.order("receive", staged=False, window=64)
     waiting = asyncio.ensure_future(link.answered(answer))
     await asyncio.sleep(SILENT_S + 0.5)
     assert not waiting.done()
@@ -116,7 +119,7 @@ async def test_one_that_says_nothing_is_given_up_and_another_may_come(link: Link
     hung.does = lambda: {"late": stuck.wait(10)}
     began = time.monotonic()
     with pytest.raises(Aborted, match="nothing was heard") as lost:
-        await link.answered(link.order("receive", staged=False))
+        await link.answered(link.order("receive", staged=False, window=64))
     assert lost.value.reason == Reason.LEASE_LOST
     assert SILENT_S <= time.monotonic() - began < SILENT_S + 1
     opening = asyncio.ensure_future(link.open())
@@ -124,21 +127,21 @@ async def test_one_that_says_nothing_is_given_up_and_another_may_come(link: Link
     assert "close" not in hung.done, "the new one waits until the last has given back what it has"
     stuck.set()
     await opening
-    await link.answered(link.order("join", id="", staged=False))
+    await link.answered(link.order("join", id="", staged=False, window=64))
     assert "close" in hung.done
     assert worker.orders.done == ["join"]
 
 
 async def test_what_is_taken_back_ends(link: Link, worker: Worker) -> None:
     worker.orders.does = lambda: works(worker.orders, threading.Event())
-    waiting = asyncio.ensure_future(link.answered(link.order("receive", staged=False)))
+    waiting = asyncio.ensure_future(link.answered(link.order("receive", staged=False, window=64)))
     await asyncio.sleep(0.1)
-    link.order("join", id="", staged=False)  # was sent before, and is taken back too
+    link.order("join", id="", staged=False, window=64)  # was sent before, and is taken back too
     link.abort()
     with pytest.raises(Aborted, match="the update has ended"):
         await waiting
     worker.orders.does = dict
-    await link.answered(link.order("join", id="", staged=False))
+    await link.answered(link.order("join", id="", staged=False, window=64))
     assert worker.orders.done == ["receive", "leave", "join"]
 
 
@@ -148,7 +151,7 @@ async def test_an_order_that_fails_is_told_with_the_workers_words(link: Link, wo
 
     worker.orders.does = fails
     with pytest.raises(Aborted, match="RuntimeError: cuMemCreate: out of memory"):
-        await link.answered(link.order("join", id="", staged=True))
+        await link.answered(link.order("join", id="", staged=True, window=64))
     assert worker.orders.done == ["join", "leave"]
 
 
@@ -156,7 +159,7 @@ async def test_memory_that_only_updates_need_goes_back_when_none_comes(
     link: Link, worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker_link, "_IDLE_S", 0.05)
-    await link.answered(link.order("join", id="", staged=True))
+    await link.answered(link.order("join", id="", staged=True, window=64))
     await asyncio.sleep(0.3)
     assert "rest" in worker.orders.done
 
@@ -164,5 +167,5 @@ async def test_memory_that_only_updates_need_goes_back_when_none_comes(
 async def test_without_a_worker_nothing_is_waited_for(worker: Worker) -> None:
     link = Link(worker)  # type: ignore[arg-type]
     with pytest.raises(Aborted, match="not connected"):
-        await link.answered(link.order("receive", staged=False))
+        await link.answered(link.order("receive", staged=False, window=64))
     link.abort()

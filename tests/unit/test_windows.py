@@ -36,6 +36,16 @@ def test_a_window_has_whole_tensors_and_no_more_than_its_limit() -> None:
     assert [w.tensors for w in windows(policy, 100)] == [(i,) for i in range(5)]
 
 
+def test_towards_the_end_windows_are_smaller_so_that_little_is_left_to_digest() -> None:
+    policy = [placed(f"{i:02}", (8, 8), (0, 128 * i)) for i in range(16)]
+    cut = windows(policy, 1024, last=128)
+    assert [w.nbytes for w in cut] == [1024, 768, 128, 128]
+    assert [i for w in cut for i in w.tensors] == list(range(16))
+    assert [w.nbytes for w in windows(policy, 1024)] == [1024, 1024], (
+        "no window is cut below what is worth one"
+    )
+
+
 def test_a_tensor_in_several_places_is_in_one_window() -> None:
     policy = [placed("a", (4, 8), (0, 512), (1, 0)), placed("b", (4, 8), (0, 0))]
     first, second = windows(policy, 64)

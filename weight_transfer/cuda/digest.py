@@ -53,3 +53,10 @@ class Sums:
         found = torch.zeros(self._count, dtype=torch.int64, device=self._device)
         kernels.launch(self._kernel, self._blocks, self._device, self._regions, self._region_of, found)
         return found
+
+    def later(self) -> tuple[torch.Tensor, torch.cuda.Event]:
+        """The sums in host memory, and the event after which they are there. Waits for nothing."""
+        found = torch.empty(len(self._tensors), dtype=torch.int64, pin_memory=True)
+        found.copy_(self(), non_blocking=True)
+        there: torch.cuda.Event = torch.cuda.current_stream(self._device).record_event()
+        return found, there

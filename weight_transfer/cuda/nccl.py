@@ -83,8 +83,8 @@ def own_stream(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+def _stream(device: torch.device, priority: int = 0) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device, priority=priority)  # type: ignore[no-untyped-call]
 
 
 class Communicator:
@@ -108,7 +108,8 @@ class Communicator:
         if not version():
             raise NcclError("there is no NCCL here")
         self.device = device
-        self.stream = _stream(device)
+        # Ahead of kernels that are ready when a window ends: those digest what is there, and have time.
+        self.stream = _stream(device, priority=-1)
         self._check = check
         with torch.cuda.device(device):
             with _told():
@@ -155,7 +156,7 @@ class Communicator:
         return own_stream(self.device)
 
     def wait(self, event: torch.cuda.Event, seconds: float = STALL_S) -> None:
-        """Wait until an event of `broadcast` is reached.
+        """Wait until an event of `broadcast`, or one behind it, is reached.
 
         Raises:
             NcclError: among others, it is not within `seconds`. What `check` raises.

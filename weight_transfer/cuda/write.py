@@ -51,6 +51,21 @@ def again(items: Sequence[Item], arenas: Sequence[Arena]) -> Callable[[], list[i
     return None if plan.odd else plan.write
 
 
+def scattering(items: Sequence[Item], arenas: Sequence[Arena]) -> Callable[[], None]:
+    """`weight_transfer.write.scattering` where arenas and tensors are on one CUDA device."""
+    if not items:
+        return lambda: None
+    plan = _Plan(items, arenas)
+    odd = [pair for i in plan.odd for pair in items[i][0].pairs(arenas, items[i][1])]
+
+    def scatter() -> None:
+        plan.launch()
+        for part, place in odd:
+            place.copy_(part, non_blocking=True)
+
+    return scatter
+
+
 class _Plan:
     """Where the pieces of some tensors lie and go. Good for all tensors at the same addresses."""
 
@@ -72,10 +87,14 @@ class _Plan:
 
     def write(self) -> list[int]:
         """Write all but the odd ones. Returns their digests; an odd one's is none."""
+        return finished(self.launch().cpu().numpy(), self._nbytes)
+
+    def launch(self) -> torch.Tensor:
+        """Write all but the odd ones in the order of the current stream. Returns the sums of their digests, there."""
         totals = torch.zeros(len(self._nbytes), dtype=torch.int64, device=self._device)
         for launch in self._launches:
             launch(totals)
-        return finished(totals.cpu().numpy(), self._nbytes)
+        return totals
 
 
 _plans: OrderedDict[tuple[object, ...], _Plan] = OrderedDict()

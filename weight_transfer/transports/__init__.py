@@ -8,6 +8,7 @@ from weight_transfer.transports.base import (
     Moved,
     Piece,
     SourceTensor,
+    Sum,
     TransportError,
     WeightTransport,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "Moved",
     "Piece",
     "SourceTensor",
+    "Sum",
     "TransportError",
     "WeightTransport",
     "open_transport",

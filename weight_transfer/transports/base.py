@@ -46,8 +46,15 @@ class Chunk:
     data: bytes
 
 
+@dataclass(frozen=True)
+class Sum:
+    """The digest of all that an update brings, while the last of that is on its way by itself."""
+
+    digest: int
+
+
 #: What travels in an update's stream.
-Piece: TypeAlias = "Chunk | Packed"
+Piece: TypeAlias = "Chunk | Packed | Sum"
 
 
 class TransportError(RuntimeError):
@@ -81,6 +88,7 @@ class Handshake:
     staged: bool = False  # shared: what is mapped is not the engine's own memory
     partial: bool = False  # stream: an update may carry changes alone
     window_bytes: int = 0  # nccl
+    ranks: int = 2  # nccl: of the communicator, the trainer's among them
     device: str = ""  # nccl: the trainer's GPU, as torch names it
 
 
@@ -149,6 +157,18 @@ class WeightTransport(ABC):
         """
         return
 
+    def ahead(self) -> None:
+        """Begin with what `stands`, in an update that is being begun, after `join`: the engine takes it when it may.
+
+        Raises:
+            TransportError: the engine's side went away.
+        """
+        return
+
+    def withdraw(self) -> None:
+        """The update was not begun after all: take back what went `ahead`."""
+        return
+
     @abstractmethod
     def move(
         self, policy: Sequence[SourceTensor], send: Callable[[Piece], None], *, digest: bool = False
@@ -157,7 +177,7 @@ class WeightTransport(ABC):
 
         Args:
             policy: all tensors of the manifest, in any order; none where the transport `stands`.
-            send: puts a piece in the update's stream; blocks while the service is behind.
+            send: puts a piece in the update's stream; blocks while the service is behind. A `Sum` is the last.
             digest: whether to digest the policy even where no byte moved.
 
         Raises:

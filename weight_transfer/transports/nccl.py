@@ -16,13 +16,15 @@ from weight_transfer.transports.base import (
     Moved,
     Piece,
     SourceTensor,
+    Sum,
     TransportError,
     WeightTransport,
 )
-from weight_transfer.transports.outgoing import Buckets, Mirror, Outgoing
+from weight_transfer.transports.outgoing import Buckets, Mirror, Outgoing, mirrored
 from weight_transfer.windows import windows
 
-TRAINER, ENGINE, RANKS = 0, 1, 2
+TRAINER = 0
+"""The trainer's rank. Those of the engine's workers come behind it."""
 
 
 class NcclTransport(WeightTransport):
@@ -37,6 +39,7 @@ class NcclTransport(WeightTransport):
         arena_sizes: Sequence[int],
         window_bytes: int,
         device: torch.device,
+        ranks: int = 2,
     ) -> None:
         """Prepare; nothing is allocated before the first `move`.
 
@@ -45,6 +48,7 @@ class NcclTransport(WeightTransport):
             arena_sizes: bytes of the engine's arenas.
             window_bytes: how the engine cuts them.
             device: the trainer's GPU.
+            ranks: of the communicator: this one, and those of the engine's workers.
 
         Raises:
             ValueError: a tensor cannot travel so.
@@ -55,9 +59,12 @@ class NcclTransport(WeightTransport):
         self._windows = windows(self._placements, window_bytes)
         self._sizes = list(arena_sizes)
         self._device = device
+        self._ranks = ranks
         self._outgoing: Outgoing | None = None
         self._communicator: nccl.Communicator | None = None
         self._id = b""
+        self._connected = False  # something has travelled: what is sent now waits for nobody here
+        self._ahead = False  # what was sent was not asked for yet
         self._unsettled = False  # an update began, and was not committed
         self._alive: Callable[[], None] = lambda: None
 
@@ -74,6 +81,7 @@ class NcclTransport(WeightTransport):
             handshake.arena_sizes,
             handshake.window_bytes,
             device,
+            handshake.ranks,
         )
 
     def stands(self) -> bool:
@@ -93,9 +101,24 @@ class NcclTransport(WeightTransport):
         if self._communicator is not None:
             return
         try:
-            self._communicator = nccl.Communicator(self._id, TRAINER, RANKS, self._device, alive)
+            self._communicator = nccl.Communicator(self._id, TRAINER, self._ranks, self._device, alive)
         except nccl.NcclError as error:
             raise TransportError(f"NCCL: {error}") from error
+
+    def ahead(self) -> None:
+        # The first call makes connections, and waits for the other side: that may still let rollouts run.
+        if self._communicator is None or self._outgoing is None or not self._connected:
+            return
+        self._ahead = True
+        try:
+            self._outgoing.start(self._communicator, self._alive)
+        except nccl.NcclError as error:
+            self._leave()
+            raise TransportError(f"NCCL: {error}") from error
+
+    def withdraw(self) -> None:
+        if self._ahead:  # it would wait on this GPU for ever
+            self._leave()
 
     def mark(self) -> None:
         self._unsettled = False
@@ -107,7 +130,7 @@ class NcclTransport(WeightTransport):
     def move(
         self, policy: Sequence[SourceTensor], send: Callable[[Piece], None], *, digest: bool = False
     ) -> Moved:
-        self.touched = False
+        self.touched, self._ahead = self._ahead, False
         communicator = self._communicator
         if communicator is None:
             raise TransportError("NCCL: there is no communicator")
@@ -116,10 +139,16 @@ class NcclTransport(WeightTransport):
         self._outgoing = outgoing
         self.touched = True
         try:
-            parts = outgoing.send(by_index, communicator, self._alive)
+            parts = outgoing.send(
+                by_index, communicator, self._alive, lambda parts: send(Sum(digests.combine(parts)))
+            )
         except nccl.NcclError as error:
             self._leave()
             raise TransportError(f"NCCL: {error}") from error
+        except BaseException:  # what is on its way would wait on this GPU for ever
+            self._leave()
+            raise
+        self._connected = True
         return Moved(sum(window.nbytes for window in self._windows), digests.combine(parts))
 
     def close(self) -> None:
@@ -129,15 +158,13 @@ class NcclTransport(WeightTransport):
             outgoing.close()
 
     def _chosen(self, policy: Sequence[SourceTensor]) -> Outgoing:
-        """A mirror costs nothing where parameters become it, and their size in the engine's dtype where they don't."""
-        dtypes = {spec.name: spec.dtype for spec in self._manifest}
-        mine = sum(
-            s.spec.nbytes for s in policy if s.parameter is not None and s.spec.dtype == dtypes[s.name]
-        )
-        kind = Mirror if 2 * mine >= self._manifest.nbytes else Buckets
+        kind = Mirror if mirrored(self._manifest, policy) else Buckets
         return kind(self._manifest, self._placements, self._windows, self._sizes, self._device)
 
     def _leave(self) -> None:
         communicator, self._communicator = self._communicator, None
+        self._connected = self._ahead = False
+        if self._outgoing is not None:
+            self._outgoing.forget()
         if communicator is not None:
             communicator.abort()

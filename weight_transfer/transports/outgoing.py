@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 
-from weight_transfer.arena import ALIGNMENT, Arena, align
+from weight_transfer.arena import Arena
 from weight_transfer.cuda.nccl import Communicator, Span
 from weight_transfer.digest import finish
 from weight_transfer.manifest import Manifest
@@ -16,7 +15,7 @@ from weight_transfer.placement import Placement
 from weight_transfer.reading import Reading
 from weight_transfer.transports.base import SourceTensor
 from weight_transfer.transports.shared import SharedTransport
-from weight_transfer.windows import Run, Window
+from weight_transfer.windows import MIRROR_BYTES, WINDOW_BYTES, Run, Window, in_bucket, moved
 from weight_transfer.write import write
 
 _TRAINER = 0  # the rank whose bytes travel
@@ -42,19 +41,32 @@ class Outgoing(ABC):
         """Whether every tensor is in this memory by itself, so that `send` needs none of them."""
         return False
 
+    def start(self, communicator: Communicator, alive: Callable[[], None]) -> None:
+        """Begin to send what `stands` here, before the other side may take it: `send` goes on with that."""
+        return
+
     @abstractmethod
     def send(
-        self, policy: Mapping[int, SourceTensor], communicator: Communicator, alive: Callable[[], None]
+        self,
+        policy: Mapping[int, SourceTensor],
+        communicator: Communicator,
+        alive: Callable[[], None],
+        told: Callable[[list[int]], None] = lambda digests: None,
     ) -> list[int]:
         """Send all windows, and return when they are there.
 
         Args:
             policy: each tensor, by its index in the manifest; none where all are in this memory.
             alive: raises once the update has ended.
+            told: is given what will be returned, if that is known while windows are on their way.
 
         Returns:
             The digest of each tensor, in the manifest's order.
         """
+
+    def forget(self) -> None:
+        """What was started goes nowhere: its communicator is no more."""
+        return
 
     @abstractmethod
     def close(self) -> None:
@@ -77,20 +89,38 @@ class Mirror(Outgoing):
         self._spans = [_spans(window.runs, [arena.address for arena in arenas]) for window in windows]
         self._memory = SharedTransport(manifest, placements, arenas)
         self._reading = Reading(placements, arenas)
+        self._sent: tuple[list[torch.cuda.Event], Callable[[], list[int]]] | None = None
 
-    def send(
-        self, policy: Mapping[int, SourceTensor], communicator: Communicator, alive: Callable[[], None]
-    ) -> list[int]:
-        if policy:
-            self._memory.move(list(policy.values()), _nothing_travels)
+    def start(self, communicator: Communicator, alive: Callable[[], None]) -> None:
         written = communicator.mark()
         events = [communicator.broadcast(spans, _TRAINER, alive, written) for spans in self._spans]
         with communicator.beside():
             communicator.follow(written)
-            found = self._reading.later()
-            for event in events:
-                communicator.wait(event)
-            return found()
+            self._sent = events, self._reading.later()
+
+    def send(
+        self,
+        policy: Mapping[int, SourceTensor],
+        communicator: Communicator,
+        alive: Callable[[], None],
+        told: Callable[[list[int]], None] = lambda digests: None,
+    ) -> list[int]:
+        if policy:
+            self._memory.move(list(policy.values()), _nothing_travels)
+        if self._sent is None:
+            self.start(communicator, alive)
+        sent, self._sent = self._sent, None
+        assert sent is not None  # noqa: S101  for the type checker
+        events, found = sent
+        with communicator.beside():
+            digests = found()  # long before the last window is there
+        told(digests)
+        for event in events:
+            communicator.wait(event)
+        return digests
+
+    def forget(self) -> None:
+        self._sent = None
 
     def stands(self) -> bool:
         return self._memory.stands()
@@ -111,7 +141,7 @@ class Buckets(Outgoing):
         device: torch.device,
     ) -> None:
         super().__init__(manifest, placements, windows, arena_sizes, device)
-        layouts = [_packed(window.runs) for window in windows]
+        layouts = [in_bucket(window.runs) for window in windows]
         size = max((end for _, end in layouts), default=1)
         self._buckets = [Arena.create("tandem-bucket", max(size, 1), device) for _ in range(2)]
         self._spans: list[list[Span]] = []
@@ -120,10 +150,14 @@ class Buckets(Outgoing):
             bucket = self._buckets[k % 2].address
             runs = zip(window.runs, starts, strict=True)
             self._spans.append([(bucket + start, run.nbytes) for run, start in runs])
-            self._places.append([(i, _moved(placements[i], window.runs, starts)) for i in window.tensors])
+            self._places.append([(i, moved(placements[i], window.runs, starts)) for i in window.tensors])
 
     def send(
-        self, policy: Mapping[int, SourceTensor], communicator: Communicator, alive: Callable[[], None]
+        self,
+        policy: Mapping[int, SourceTensor],
+        communicator: Communicator,
+        alive: Callable[[], None],
+        told: Callable[[list[int]], None] = lambda digests: None,
     ) -> list[int]:
         parts = [finish(0, 0)] * len(self._manifest)
         events: list[torch.cuda.Event] = []
@@ -134,6 +168,7 @@ class Buckets(Outgoing):
             for (i, _), digest in zip(places, write(items, [self._buckets[k % 2]]), strict=True):
                 parts[i] = digest
             events.append(communicator.broadcast(spans, _TRAINER, alive, communicator.mark()))
+        told(parts)
         for event in events[-2:]:
             communicator.wait(event)
         return parts
@@ -142,33 +177,26 @@ class Buckets(Outgoing):
         self._buckets.clear()
 
 
+def mirrored(manifest: Manifest, policy: Sequence[SourceTensor]) -> bool:
+    """Whether a policy shall stand in a mirror.
+
+    One costs nothing where parameters become it, and their size in the engine's dtype where they don't.
+    """
+    dtypes = {spec.name: spec.dtype for spec in manifest}
+    mine = sum(
+        s.spec.nbytes for s in policy if s.parameter is not None and s.spec.dtype == dtypes.get(s.name)
+    )
+    return 2 * mine >= manifest.nbytes
+
+
+def window_wanted(manifest: Manifest, policy: Sequence[SourceTensor]) -> int:
+    """Bytes of a window: many, but for buckets, of which each takes as much memory."""
+    return MIRROR_BYTES if mirrored(manifest, policy) else WINDOW_BYTES
+
+
 def _nothing_travels(piece: object) -> None:
     raise AssertionError(f"a mirror sends no {type(piece).__name__}")
 
 
 def _spans(runs: Sequence[Run], addresses: Sequence[int]) -> list[Span]:
     return [(addresses[run.arena] + run.offset, run.nbytes) for run in runs]
-
-
-def _packed(runs: Sequence[Run]) -> tuple[list[int], int]:
-    """Where each run begins in a bucket, aligned as it is in its arena; and where the last ends."""
-    starts, end = [], 0
-    for run in runs:
-        starts.append(align(end) + run.offset % ALIGNMENT)
-        end = starts[-1] + run.nbytes
-    return starts, end
-
-
-def _moved(placement: Placement, runs: Sequence[Run], starts: Sequence[int]) -> Placement:
-    """The placement in a bucket."""
-    blocks = []
-    for block in placement.blocks:
-        if not block.numel:
-            continue
-        (at,) = (
-            start + block.arena_offset - run.offset
-            for run, start in zip(runs, starts, strict=True)
-            if run.arena == block.arena and run.offset <= block.arena_offset < run.offset + run.nbytes
-        )
-        blocks.append(replace(block, arena=0, arena_offset=at))
-    return replace(placement, blocks=tuple(blocks))
