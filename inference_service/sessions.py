@@ -226,8 +226,6 @@ class Sessions:
     def _why_not_nccl(self, identity: ProcessIdentity, version: int) -> str:
         if not self._arenas.gpus:
             return "the engine's weights are in host memory"
-        if len(self._arenas.gpus) > 1:
-            return "the engine is on several GPUs"
         if not self._arenas.nccl:
             return "the engine's worker has no NCCL of version 2.18 or later"
         if not version:

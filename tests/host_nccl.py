@@ -59,6 +59,11 @@ def unique_id() -> bytes:
     return f"\0tdn-{uuid.uuid4().hex}".encode().ljust(nccl.ID_BYTES, b"\0")
 
 
+def carried_to(worker: int, memory: memoryview) -> memoryview:
+    """What the wire makes of it on its way to one worker, counted from 0."""
+    return memory
+
+
 class HostCommunicator:
     """Rank 0 listens, the others connect. What it is told to send goes by itself, as a GPU does it."""
 
@@ -132,17 +137,18 @@ class HostCommunicator:
                 window, spans, there = self._queue.get(timeout=0.05)
                 for span in spans:
                     memory = carried(window, _memory(span))
-                    at = [0] * (self._size - 1)
+                    parts = [carried_to(worker, memory) for worker in range(self._size - 1)]
+                    at = [0] * len(parts)
                     while not self._aborted and min(at) < len(memory):
-                        self._give(memory, at)
+                        self._give(parts, at)
                 if not self._aborted:
                     there.set()
 
-    def _give(self, memory: memoryview, at: list[int]) -> None:
+    def _give(self, parts: list[memoryview], at: list[int]) -> None:
         before = list(at)
         for i, line in enumerate(list(self._lines)):
             with contextlib.suppress(OSError):  # whoever is gone takes nothing more, as with NCCL
-                at[i] += line.send(memory[at[i] :])
+                at[i] += line.send(parts[i][at[i] :])
         if at == before:
             time.sleep(_POLL_S)
 
@@ -222,14 +228,19 @@ class NcclEngine(IdleEngine):
 
 
 def on_a_gpu(model: torch.nn.Module) -> tuple[NcclEngine, EngineArenas]:
-    """An engine and its arenas, for a service of a process of its own. Windows are of a few tensors."""
-    _for_good.enter_context(instead_of_nccl())
-    sessions.WINDOW_BYTES = sessions.MIRROR_BYTES = WINDOW_BYTES  # type: ignore[misc]
+    """An engine and its arenas, for a service of a process of its own."""
+    take_over()
     memory = engine_arenas(model)
     engine = NcclEngine(memory)
     handles = [Handle(os.dup(arena.fd), arena.size, ENGINE_GPU) for arena in memory.arenas]
     free = 1 << 40
     return engine, DeviceArenas(engine, handles, memory.placements, nccl=22800, free=free)  # type: ignore[arg-type]
+
+
+def take_over() -> None:
+    """For good, in a service's process: windows are of a few tensors."""
+    _for_good.enter_context(instead_of_nccl())
+    sessions.WINDOW_BYTES = sessions.MIRROR_BYTES = WINDOW_BYTES
 
 
 def write(model: nn.Module, seed: int) -> None:
@@ -240,14 +251,20 @@ def write(model: nn.Module, seed: int) -> None:
             parameter.add_(torch.randn_like(parameter))
 
 
-def dying_trainer(address: str, mode: str, where: str, reached: Connection) -> None:
+def dying_trainer(
+    address: str,
+    mode: str,
+    where: str,
+    reached: Connection,
+    model_of: Callable[[], nn.Module] = network,
+) -> None:
     """A trainer that does not go on from `where` in its second update, once it has said so."""
 
     def stop(*_: Any) -> None:
         reached.send(where)
         time.sleep(60)
 
-    model = network()
+    model = model_of()
     with instead_of_nccl():
         weights = PolicyWeights(InferenceClient(address), lambda: model, transport="nccl", mode=mode)
         weights.sync()

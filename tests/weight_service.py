@@ -34,7 +34,7 @@ from weight_transfer.manifest import TensorSpec
 from weight_transfer.placement import Block, Placement, contiguous_strides
 
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["tests.weight_service", "tests.host_nccl"])
+_processes.set_forkserver_preload(["tests.weight_service", "tests.host_nccl", "tests.split_nccl"])
 
 
 EngineOf = Callable[[nn.Module], tuple[Any, EngineArenas]]

@@ -133,8 +133,13 @@ class PartSums:
             adding = Sums(rows, owners, count, device)
 
             def begin() -> Callable[[], list[int]]:
-                totals = adding()
-                return lambda: [total % 2**64 for total in totals.tolist()]
+                totals, there = adding.later()
+
+                def read() -> list[int]:
+                    there.synchronize()
+                    return [total % 2**64 for total in totals.tolist()]
+
+                return read
 
             return begin
 

@@ -15,7 +15,7 @@ import structlog
 from inference_service import worker_link
 from inference_service.link import SILENT_S, Link
 from inference_service.worker_link import WorkerLink
-from tandem.errors import Aborted, Reason
+from tandem.errors import Aborted, DataLoss, Reason
 from tests.weight_service import engine_arenas, network
 
 
@@ -169,3 +169,74 @@ async def test_without_a_worker_nothing_is_waited_for(worker: Worker) -> None:
     with pytest.raises(Aborted, match="not connected"):
         await link.answered(link.order("receive", staged=False, window=64))
     link.abort()
+
+
+class Workers(Worker):
+    """An engine with two."""
+
+    async def call_workers(self, method: str, path: str, ranks: int, specs: Any) -> None:  # type: ignore[override]
+        assert (method, ranks) == ("tandem_link", 3)
+        assert [name for name, _, _ in specs] == [spec.name for spec in MANIFEST]
+        before = self.links[-2:] or [None, None]
+        self.links += [WorkerLink(self.held, path, link) for link in before]
+
+
+MANIFEST = engine_arenas(network()).manifest
+
+
+@pytest.fixture
+async def two(worker: Worker) -> AsyncIterator[tuple[Link, list[Any]]]:
+    workers = Workers()
+    link = Link(workers, 2, MANIFEST)  # type: ignore[arg-type]
+    await link.open()
+    yield link, [line._receiving for line in workers.links]
+    link.close()
+    for ended in workers.links:
+        await asyncio.to_thread(ended._thread.join, 10)
+        assert not ended._thread.is_alive()
+
+
+async def test_two_workers_have_answered_when_both_have(two: tuple[Link, list[Any]]) -> None:
+    link, (one, other) = two
+    over = threading.Event()
+    one.does = lambda: {"digest": "1f"}
+    other.does = lambda: works(other, over)
+    answer = asyncio.ensure_future(link.answered(link.order("receive", staged=True, window=64)))
+    await asyncio.sleep(0.2)
+    assert not answer.done()
+    over.set()
+    assert (await answer)["digest"] == "1f"
+
+
+async def test_two_workers_that_got_different_bytes_are_told_apart(two: tuple[Link, list[Any]]) -> None:
+    link, (one, other) = two
+    one.does, other.does = lambda: {"digest": "1f"}, lambda: {"digest": "20"}
+    with pytest.raises(DataLoss, match="do not agree") as lost:
+        await link.answered(link.order("receive", staged=True, window=64))
+    assert lost.value.reason == Reason.DIGEST_MISMATCH
+
+
+async def test_what_one_of_two_workers_cannot_the_other_gives_up(two: tuple[Link, list[Any]]) -> None:
+    link, (one, other) = two
+
+    def fails() -> dict[str, Any]:
+        raise RuntimeError("cuMemCreate: out of memory")
+
+    one.does, other.does = fails, lambda: works(other, threading.Event())
+    with pytest.raises(Aborted, match="out of memory"):
+        await link.answered(link.order("join", id="", staged=True, window=64))
+    link.abort()  # as the update does that it is of
+    one.does = other.does = dict
+    await link.answered(link.order("join", id="", staged=True, window=64))
+    assert other.done == ["join", "leave", "join"]
+
+
+async def test_one_of_two_workers_that_says_nothing_is_enough(two: tuple[Link, list[Any]]) -> None:
+    link, (one, other) = two
+    stuck = threading.Event()
+    one.does, other.does = dict, lambda: {"late": stuck.wait(10)}
+    began = time.monotonic()
+    with pytest.raises(Aborted, match="nothing was heard"):
+        await link.answered(link.order("receive", staged=False, window=64))
+    assert time.monotonic() - began < SILENT_S + 1
+    stuck.set()

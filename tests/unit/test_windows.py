@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weight_transfer.manifest import TensorSpec
+from weight_transfer.manifest import Manifest, TensorSpec
 from weight_transfer.placement import Block, Placement, contiguous_strides
-from weight_transfer.windows import Run, windows
+from weight_transfer.transports import SourceTensor
+from weight_transfer.transports.outgoing import window_wanted
+from weight_transfer.windows import MIRROR_BYTES, WINDOW_BYTES, Run, windows
 
 
 def placed(name: str, shape: tuple[int, ...], *places: tuple[int, int]) -> Placement:
@@ -44,6 +47,18 @@ def test_towards_the_end_windows_are_smaller_so_that_little_is_left_to_digest() 
     assert [w.nbytes for w in windows(policy, 1024)] == [1024, 1024], (
         "no window is cut below what is worth one"
     )
+
+
+def test_a_trainer_asks_for_large_windows_where_none_of_them_is_a_bucket() -> None:
+    def source(dtype: str, parameter: bool) -> SourceTensor:
+        value = torch.zeros(4, 8, dtype=getattr(torch, dtype))
+        of_model = torch.nn.Parameter(value) if parameter else None
+        return SourceTensor(TensorSpec("w", dtype, (4, 8)), lambda: value, of_model)
+
+    manifest = Manifest((TensorSpec("w", "bfloat16", (4, 8)),))
+    assert window_wanted(manifest, [source("bfloat16", True)]) == MIRROR_BYTES
+    assert window_wanted(manifest, [source("float32", True)]) == WINDOW_BYTES
+    assert window_wanted(manifest, [source("bfloat16", False)]) == WINDOW_BYTES, "merged, or gathered"
 
 
 def test_a_tensor_in_several_places_is_in_one_window() -> None:

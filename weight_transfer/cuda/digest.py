@@ -56,7 +56,7 @@ class Sums:
 
     def later(self) -> tuple[torch.Tensor, torch.cuda.Event]:
         """The sums in host memory, and the event after which they are there. Waits for nothing."""
-        found = torch.empty(len(self._tensors), dtype=torch.int64, pin_memory=True)
+        found = torch.empty(self._count, dtype=torch.int64, pin_memory=True)
         found.copy_(self(), non_blocking=True)
         there: torch.cuda.Event = torch.cuda.current_stream(self._device).record_event()
         return found, there
