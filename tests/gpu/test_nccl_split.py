@@ -89,7 +89,7 @@ def test_a_worker_that_stands_still_is_given_up_and_comes_back(
     os.kill(workers[1], signal.SIGSTOP)
     try:
         began = time.monotonic()
-        with pytest.raises(Exception, match="nothing was heard|did not|LEASE_LOST"):
+        with pytest.raises(Exception, match=r"nothing was heard|did not|LEASE_LOST"):
             weights._sync()
         assert time.monotonic() - began < 5
     finally:
