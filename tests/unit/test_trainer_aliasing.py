@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 
-from tests.unit.test_trainer_weights import Engine, Policy, engine, policy, service
+from tests.unit.test_trainer_weights import Engine, Policy, digest_of, engine, policy, service
 from tests.weight_service import network
 from trainer_service.session import told
+from weight_transfer.transports import shared
+from weight_transfer.write import write
 
 __all__ = ["engine", "policy", "service"]  # fixtures
 
@@ -52,3 +56,33 @@ def test_a_session_says_why(
     if reason:
         assert reason in session.alias_reasons.values()
         assert reason in line
+
+
+def test_what_was_written_whole_is_written_the_same_way_again(
+    engine: Engine, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where planning takes longer than writing. This stands for what is planned there."""
+    made, done = [], []
+
+    def again(items: Sequence[Any], arenas: Sequence[Any]) -> Callable[[], list[int]]:
+        made.append(len(items))
+
+        def once_more() -> list[int]:
+            done.append(len(items))
+            return write(items, arenas)
+
+        return once_more
+
+    monkeypatch.setattr(shared, "again", again)
+    model = network(torch.float32)
+    weights = policy(model, "shared")
+    for _ in range(3):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1)
+        weights.sync()
+        assert engine.digest == digest_of(model)
+    assert (len(made), len(done)) == (1, 2)
+    next(model.parameters()).data = next(model.parameters()).data.clone()  # elsewhere now
+    weights.sync()
+    assert (len(made), len(done)) == (2, 2)

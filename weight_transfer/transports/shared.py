@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import socket
 from collections.abc import Callable, Sequence
@@ -200,7 +201,8 @@ class _Again:
     nbytes: int
 
     def of(self, policy: Sequence[SourceTensor]) -> bool:
-        return policy is self.policy and _where(policy) == self.where
+        same = len(policy) == len(self.policy) and all(map(operator.is_, policy, self.policy))
+        return same and _where(policy) == self.where
 
 
 def _where(policy: Sequence[SourceTensor]) -> list[object]:
