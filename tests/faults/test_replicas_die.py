@@ -20,7 +20,7 @@ from inference_service.sessions import MAX_STREAM_SESSIONS
 from tandem.errors import DataLoss, InvalidArgument, Reason, Unavailable
 from tests.faults import raw
 from tests.faults.proxy import Proxy
-from tests.unit.test_trainer_weights import Engine, digest_of
+from tests.policies import Engine, digest_of
 from tests.weight_service import WeightService, network
 from trainer_service import pulse
 from trainer_service.client import InferenceClient

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.unit.test_trainer_weights import Engine, Policy, digest_of, engine, policy, service
+from tests.policies import Engine, Policy, digest_of, engine, policy, service
 from tests.weight_service import network
 from trainer_service.session import told
 from weight_transfer.transports import shared

@@ -13,7 +13,7 @@ from tandem import rpc
 from tandem.errors import FailedPrecondition, InvalidArgument, Reason
 from tandem.weights.v1 import weights_pb2 as pb
 from tests.faults import raw
-from tests.unit.test_trainer_weights import (
+from tests.policies import (
     Engine,
     Policy,
     assert_same,
