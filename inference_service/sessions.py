@@ -44,7 +44,7 @@ MAX_SILENT = 64  # connections to the descriptor socket that have not said their
 
 @dataclass(eq=False)
 class Session:
-    """A trainer's. A shared one lives as long as its process and the connection to the descriptor socket."""
+    """A trainer's. A shared one lives as long as its processes and their connections to the descriptor socket."""
 
     id: str
     transport: str
@@ -57,9 +57,21 @@ class Session:
     token: bytes = b""
     aliased: bool = False  # every parameter of the trainer may be the engine's memory
     committed: bool = False  # it has committed an update: what can be aliased is
-    attached: bool = False  # the trainer has fetched the descriptors
-    alive: bool = True
+    ranks: int = 1  # processes of the trainer that write together: each fetches the descriptors
+    joined: int = 0  # of them, those that have
+    here: int = 0  # and those that are still there
+    over: bool = False
     _watchers: list[Callable[[str], None]] = field(default_factory=list)
+
+    @property
+    def attached(self) -> bool:
+        """The trainer has fetched the descriptors."""
+        return self.joined == self.ranks
+
+    @property
+    def alive(self) -> bool:
+        """Whether somebody may still write for it."""
+        return not self.over or self.here > 0
 
     @contextlib.contextmanager
     def watched(self, tell: Callable[[str], None]) -> Iterator[None]:
@@ -76,8 +88,8 @@ class Session:
             tell(reason)
 
     def end(self, reason: str) -> None:
-        """It is over, and nobody writes for it any more."""
-        self.alive = False
+        """It is over: those that are still there may write no more."""
+        self.over = True
         for tell in list(self._watchers):
             tell(reason)
 
@@ -156,6 +168,7 @@ class Sessions:
         mode: str = "",
         nccl: int = 0,
         window: int = 0,
+        members: Sequence[ProcessIdentity] = (),
     ) -> Session:
         """Introduce a trainer that has `tensors`.
 
@@ -167,17 +180,25 @@ class Sessions:
             mode: staged or in_place, or "" to have the service choose.
             nccl: the version of the trainer's NCCL, 0 if it has none.
             window: bytes of a window as the trainer wants it, 0 if it has no wish.
+            members: where its further ranks live, if they can write together with it.
 
         Raises:
-            FailedPrecondition: TRANSPORT_UNAVAILABLE, saying why. And what `check` raises.
+            FailedPrecondition: TRANSPORT_UNAVAILABLE, saying why, and which field is at fault. And what `check` raises.
             Aborted: LEASE_HELD, another trainer shares the engine's memory.
         """
         self.check(tensors)
         why_not = "" if adapter is None else "an adapter is no memory of the engine's"
         no_nccl = why_not or self._why_not_nccl(identity, nccl)
-        why_not = why_not or self._identity.why_not_shared(identity)
+        if len({handle.rank for handle in self._arenas.handles}) == 1:
+            members = ()
+        field, why_apart = self._identity.why_not_shared(identity, members)
+        why_not = why_not or (f"{field}: {why_apart}" if field.startswith("members[") else why_apart)
         if reason := {SHARED: why_not, NCCL: no_nccl}.get(transport):
-            raise FailedPrecondition(Reason.TRANSPORT_UNAVAILABLE, f"{transport}: {reason}")
+            raise FailedPrecondition(
+                Reason.TRANSPORT_UNAVAILABLE,
+                f"{transport}: {reason}",
+                violations=[Violation(field, why_apart)] if transport == SHARED and why_apart else [],
+            )
         if self._shared is not None:
             raise Aborted(Reason.LEASE_HELD, "another trainer shares the engine's memory")
         chosen = transport or (SHARED if not why_not else STREAM if no_nccl else NCCL)
@@ -195,7 +216,8 @@ class Sessions:
             stage=MappedStaging(self._arenas.manifest) if chosen == SHARED and not shares else None,
             adapter=adapter,
             window_bytes=min(window or WINDOW_BYTES, MIRROR_BYTES if self.ranks == 2 else WINDOW_BYTES),
-            aliased=shares and not any(where[t.name].alias_reason(t.dtype) for t in tensors),
+            ranks=1 + len(members) if shares else 1,
+            aliased=shares and not members and not any(where[t.name].alias_reason(t.dtype) for t in tensors),
         )
         if chosen == SHARED:
             session.token = secrets.token_bytes(descriptors.TOKEN_BYTES)
@@ -318,7 +340,8 @@ class Sessions:
                 with contextlib.suppress(OSError):
                     descriptors.refuse(connection)
                 return
-            session.attached = True
+            session.joined += 1
+            session.here += 1
             reason = "the service stopped"
             try:
                 with contextlib.suppress(OSError):
@@ -326,14 +349,20 @@ class Sessions:
                     await _departure(connection, pid)
                 reason = f"the trainer (process {pid}) closed its session or died"
             finally:
+                session.here -= 1
                 self._end(session, reason)
 
     async def _expire(self, session: Session) -> None:
         await asyncio.sleep(ATTACH_SECONDS)
         if not session.attached:
-            self._end(session, "the trainer never fetched the descriptors")
+            who = f"{session.ranks - session.joined} of the trainer's {session.ranks} ranks"
+            self._end(
+                session, f"{'the trainer' if session.ranks == 1 else who} never fetched the descriptors"
+            )
 
     def _end(self, session: Session, reason: str) -> None:
+        if session.over:  # the first of its ranks to go ended it
+            return
         if self._shared is session:
             self._shared = None
         log.info("session ended", session=session.id, reason=reason)

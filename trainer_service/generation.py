@@ -107,7 +107,7 @@ class RemoteGeneration(VLLMGeneration):
         error: BaseException | None = None
         together = self.gathering is not None and self.gathering.needed()
         if self.weights is None and self.gathering is not None and together:
-            self.gathering.follow()
+            error = self.gathering.follow()
         if self.weights is not None:
             try:
                 with self.gathering.leading() if self.gathering is not None and together else nullcontext():

@@ -187,11 +187,12 @@ def source_of(
         # DeepSpeed's ZeRO-1 and 2 and its bf16 optimizer write flat buffers that their parameters are views of.
         # One that became engine memory would be trained no more.
         parameter = None
+    shard = None
     if is_sharded(tensor):
-        parameter = None
+        parameter, shard = None, tensor if read is None else None
         read = read or partial(_whole, tensor)
     spec = TensorSpec(name, str(tensor.dtype).removeprefix("torch."), whole_shape(tensor))
-    return SourceTensor(spec, read or (lambda: tensor.detach()), parameter, str(tensor.device))
+    return SourceTensor(spec, read or (lambda: tensor.detach()), parameter, str(tensor.device), shard)
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:

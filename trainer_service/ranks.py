@@ -2,6 +2,77 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+#: Within which every rank must have said what all wait for.
+ANSWER_S = 120.0
+
 
 class OtherRankError(RuntimeError):
     """Another rank failed. The message says with what."""
+
+
+class Ranks:
+    """The ranks of one run, and words among them: over gloo, whatever their tensors travel by, and with a deadline."""
+
+    def __init__(self, wait_s: float = ANSWER_S) -> None:
+        """Every rank must call this, in a run that torch.distributed knows."""
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=wait_s))
+        self.count = dist.get_world_size()
+        self.mine = dist.get_rank()
+
+    def tell(self, data: bytes = b"") -> bytes:
+        """What the main process says. Every rank must call this."""
+        length = torch.tensor([len(data)])
+        dist.broadcast(length, 0, self._group)
+        said = _bytes(data, int(length.item()))
+        dist.broadcast(said, 0, self._group)
+        return _plain(said)
+
+    def gather(self, data: bytes) -> list[bytes]:
+        """What each rank says, on all of them. Every rank must call this."""
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)]
+        dist.all_gather(lengths, torch.tensor([len(data)]), self._group)
+        sizes = [int(length.item()) for length in lengths]
+        said = [torch.zeros(max(sizes), dtype=torch.uint8) for _ in range(self.count)]
+        dist.all_gather(said, _bytes(data, max(sizes)), self._group)
+        return [_plain(one[:size]) for one, size in zip(said, sizes, strict=True)]
+
+    def agree(self, error: Exception | None) -> None:
+        """Return where no rank has an error. Every rank must call this.
+
+        Raises:
+            OtherRankError: another rank has one. And `error` itself.
+        """
+        failures = self.gather(b"" if error is None else told(error))
+        if error is not None:
+            raise error
+        raise_for(failures)
+
+
+def told(error: Exception) -> bytes:
+    """An error as other ranks are told it."""
+    return f"{type(error).__name__}: {error}".encode()
+
+
+def raise_for(failures: list[bytes]) -> None:
+    """Raise OtherRankError for the first failure among these, by rank."""
+    for rank, failure in enumerate(failures):
+        if failure:
+            raise OtherRankError(f"{failure.decode(errors='replace')} (rank {rank})")
+
+
+def _bytes(data: bytes, length: int) -> torch.Tensor:
+    padded = data.ljust(length, b"\0")
+    return (
+        torch.frombuffer(bytearray(padded), dtype=torch.uint8)
+        if length
+        else torch.zeros(0, dtype=torch.uint8)
+    )
+
+
+def _plain(tensor: torch.Tensor) -> bytes:
+    return tensor.numpy().tobytes()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from typing import cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -20,6 +20,9 @@ from weight_transfer.manifest import Manifest, TensorSpec
 from weight_transfer.placement import Block, Placement
 from weight_transfer.transports import Handshake, SourceTensor, open_transport
 from weight_transfer.transports.outgoing import window_wanted
+
+if TYPE_CHECKING:
+    from trainer_service.together import Together
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +46,7 @@ class Session:
         timeout_s: float,
         mode: str = "",
         sparse: bool = False,
+        together: Together | None = None,
     ) -> None:
         """Introduce the policy, and open the transport that is chosen.
 
@@ -53,6 +57,7 @@ class Session:
             timeout_s: deadline in seconds of each step.
             mode: staged or in_place, or "" to let the service choose.
             sparse: whether updates by stream shall carry what changed alone, where the service takes that.
+            together: the ranks of the run, which write the engine's memory where that is of several workers.
 
         Raises:
             InvalidArgument: the policy is not the engine's model; each tensor at fault is named.
@@ -68,6 +73,8 @@ class Session:
         request = self._request(manifest, policy)
         request.transport = _transport_value(transport)
         request.mode = _mode_value(mode)
+        if together is not None:
+            request.members.extend(together.identities[1:])
         with rpc.translated():
             opened = client.weights.OpenSession(request, timeout=timeout_s)
         self.id = opened.session_id
@@ -79,14 +86,24 @@ class Session:
         chosen = pb.Transport.Name(opened.transport).removeprefix("TRANSPORT_").lower()
         try:
             self.carried = self._carried(manifest, opened)
-            handshake = _handshake(chosen, opened, self.carried, policy, sparse=sparse)
-            self.transport = open_transport(handshake, timeout_s)
+            if together is not None and len({arena.rank for arena in opened.shared.arenas}) > 1:
+                self.transport = together.join(request, answer.manifest, opened)
+            else:
+                together = None
+                names = [source.name for source in policy]
+                handshake = handshake_of(
+                    chosen, opened, self.carried, names, sparse=sparse, device=_device(policy)
+                )
+                self.transport = open_transport(handshake, timeout_s)
         except (ImportError, OSError, RuntimeError, ValueError) as error:
             message = f"The {chosen} transport could not be opened: {error}"
             raise FailedPrecondition(Reason.TRANSPORT_UNAVAILABLE, message) from error
         logger.info("weights move by the %s transport%s", chosen, opened.reason and f": {opened.reason}")
         #: Of a shared transport, why each tensor does not become the engine's memory; "" of those that do.
         self.alias_reasons = _alias_reasons(policy, opened) if chosen == "shared" else {}
+        if together is not None:
+            several = "several ranks of the trainer write it"
+            self.alias_reasons = {name: reason or several for name, reason in self.alias_reasons.items()}
         if self.alias_reasons:
             logger.info("%s", told(self.alias_reasons))
 
@@ -162,7 +179,12 @@ class Session:
 
 
 def _identity(policy: Sequence[SourceTensor]) -> pb.ProcessIdentity:
-    devices = sorted({source.device for source in policy if source.device.startswith("cuda")})
+    return identity_of({source.device for source in policy})
+
+
+def identity_of(devices: Iterable[str]) -> pb.ProcessIdentity:
+    """Where this process lives, with the GPUs among these devices."""
+    devices = sorted(device for device in devices if device.startswith("cuda"))
     mine = ProcessIdentity.current(tuple(uuid_of(torch.device(device)) for device in devices))
     return pb.ProcessIdentity(
         boot_id=mine.boot_id,
@@ -211,16 +233,24 @@ def manifest_of(message: pb.Manifest) -> Manifest:
     return manifest
 
 
-def _handshake(
+def handshake_of(
     chosen: str,
     opened: pb.OpenSessionResponse,
     manifest: Manifest,
-    policy: Sequence[SourceTensor],
+    names: Sequence[str],
     *,
-    sparse: bool,
+    sparse: bool = False,
+    device: str = "",
 ) -> Handshake:
+    """What opens the transport that the service chose.
+
+    Args:
+        names: of the tensors that the trainer asked with, in that order.
+        sparse: whether updates shall carry what changed alone, where the service takes that.
+        device: the GPU that holds the policy.
+    """
     shared = opened.nccl if chosen == "nccl" else opened.shared
-    if chosen in ("shared", "nccl") and len(shared.placements) != len(policy):
+    if chosen in ("shared", "nccl") and len(shared.placements) != len(names):
         raise Internal(Reason.BUG, "The service placed another number of tensors than it was given.")
     return Handshake(
         transport=chosen,
@@ -231,14 +261,14 @@ def _handshake(
         arena_sizes=tuple(arena.size for arena in shared.arenas),
         arena_gpus=tuple(arena.gpu_uuid for arena in shared.arenas),
         placements=tuple(
-            Placement(manifest.tensors[manifest.positions[source.name]], tuple(map(_block, p.blocks)))
-            for source, p in zip(policy, shared.placements, strict=False)
+            Placement(manifest.tensors[manifest.positions[name]], tuple(map(_block, p.blocks)))
+            for name, p in zip(names, shared.placements, strict=False)
         ),
         staged=opened.mode == pb.UPDATE_MODE_STAGED,
         partial=sparse and opened.partial,
         window_bytes=opened.nccl.window_bytes,
         ranks=opened.nccl.ranks,
-        device=_device(policy),
+        device=device,
     )
 
 

@@ -6,7 +6,8 @@ take part in gathering that tensor. No rank ever holds more than one whole tenso
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.utils import broadcast  # type: ignore[import-untyped]
 from torch import nn
+from torch.distributed.tensor import Shard
 
 from weight_transfer.transports import SourceTensor
 
@@ -37,6 +39,27 @@ def whole(tensor: Any) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[no-any-return]
 
 
+def elements_by_rank(tensor: Any) -> list[tuple[int, int]] | None:
+    """Which elements of it, in row-major order, each rank of the run has: first, and one past the last.
+
+    The same on each rank. None where it is spread in another way than FSDP2's, by its rows over all ranks.
+    """
+    mesh: Any = getattr(tensor, "device_mesh", None)
+    placements: Any = getattr(tensor, "placements", ())
+    if (
+        mesh is None
+        or mesh.ndim != 1
+        or mesh.mesh.tolist() != list(range(torch.distributed.get_world_size()))
+    ):
+        return None
+    if [type(placement) for placement in placements] != [Shard] or placements[0].dim != 0:
+        return None
+    rows, *columns = tensor.shape
+    row = math.prod(columns)
+    share = -(-rows // mesh.size())
+    return [(min(i * share, rows) * row, min((i + 1) * share, rows) * row) for i in range(mesh.size())]
+
+
 @contextmanager
 def gathered(parameters: Iterable[Any]) -> Iterator[None]:
     """ZeRO-3's parameters are whole while this lasts, for reading. Every rank must enter; nothing happens to others."""
@@ -51,7 +74,7 @@ def gathered(parameters: Iterable[Any]) -> Iterator[None]:
 
 
 class Gathering:
-    """How the ranks of one run read the policy together."""
+    """How the ranks of one run read the policy together, and what else the others do as the main process says."""
 
     def __init__(
         self,
@@ -70,20 +93,35 @@ class Gathering:
         self._model = model
         self._policy = policy
         self._places: dict[str, int] = {}
+        self._orders: Mapping[int, Callable[[], object]] = {}
+        self.leads = False  # this is the main process, and the others follow
+
+    def obey(self, orders: Mapping[int, Callable[[], object]]) -> None:
+        """From now on `follow` carries out these, by number below -1, with whoever leads."""
+        self._orders = orders
 
     def needed(self) -> bool:
-        """Whether the model is spread over ranks. The same on each."""
-        return self._accelerator.num_processes > 1 and any(map(is_sharded, self._model().parameters()))
+        """Whether the main process needs the others for the policy. The same on each."""
+        return self._accelerator.num_processes > 1 and (bool(self._orders) or self._spread())
+
+    def _spread(self) -> bool:
+        return any(map(is_sharded, self._model().parameters()))
 
     @contextmanager
     def leading(self) -> Iterator[None]:
         """While this lasts in the main process, what `led` lists can be read. The others must `follow`."""
-        self._places = {source.name: place for place, source in enumerate(self._policy())}
+        if self._spread():
+            self._places = {source.name: place for place, source in enumerate(self._policy())}
+        self.leads = True
         try:
             yield
         finally:
-            self._places = {}
+            self._places, self.leads = {}, False
             self._tell(_END)
+
+    def order(self, number: int) -> None:
+        """In the main process, while it leads: have the others do what they obey by that number."""
+        self._tell(number)
 
     def led(self, policy: list[SourceTensor]) -> list[SourceTensor]:
         """`policy`, of which each read is told to the other ranks, while the main process leads."""
@@ -99,11 +137,24 @@ class Gathering:
             for source in policy
         ]
 
-    def follow(self) -> None:
-        """Take part in what the main process reads, until it leads no more."""
-        policy = self._policy()
-        while (place := self._tell(_END)) != _END:
-            policy[place].read()
+    def follow(self) -> Exception | None:
+        """Take part in what the main process reads and orders, until it leads no more.
+
+        Returns:
+            What went wrong here in the last thing that it ordered, of which it was told.
+        """
+        policy = self._policy() if self._spread() else []
+        failed: Exception | None = None
+        while (said := self._tell(_END)) != _END:
+            if said >= 0:
+                policy[said].read()
+                continue
+            try:
+                failed = None
+                self._orders[said]()
+            except Exception as error:  # noqa: BLE001  returned
+                failed = error
+        return failed
 
     def _tell(self, place: int) -> int:
         """What the main process says."""

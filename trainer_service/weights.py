@@ -17,7 +17,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from torch import nn
 
@@ -31,6 +31,7 @@ from trainer_service.listing import Listing
 from trainer_service.policy_tensors import policy_tensors
 from trainer_service.session import Session
 from trainer_service.steps import Steps
+from trainer_service.together import Together
 from trainer_service.updates import ATTEMPTS, UpdateStats, broken_off, patiently, retryable, taken
 from weight_transfer.transports import SourceTensor, TransportError
 
@@ -51,6 +52,7 @@ class PolicyWeights:
         adapter: str = "",
         mode: str = "",
         sparse: bool = False,
+        together: Together | None = None,
     ) -> None:
         """Prepare; nothing is called before `open` or the first `sync`.
 
@@ -65,6 +67,7 @@ class PolicyWeights:
             mode: staged or in_place, or "" to let the service choose.
             sparse: whether updates by stream carry what changed alone. For that the last commit is kept, in the
                 engine's dtypes, where the model is.
+            together: the ranks of the run, which write an engine's memory that is of several workers.
         """
         self.history: deque[UpdateStats] = deque(maxlen=1000)
         self.committed = 0  # updates, in all sessions
@@ -75,8 +78,7 @@ class PolicyWeights:
         self._timeout_s = timeout_s
         self._led = led
         self._adapter = adapter
-        self._mode = mode
-        self._sparse = sparse
+        self._how: dict[str, Any] = {"mode": mode, "sparse": sparse, "together": together}
         self._session: Session | None = None
         self._lease: Lease | None = None
         self._depth = 0
@@ -149,8 +151,7 @@ class PolicyWeights:
         return self._introduced(last)
 
     def _introduced(self, transport: str | None) -> Session:
-        how = {"transport": transport, "mode": self._mode, "sparse": self._sparse, "timeout_s": 30.0}
-        return Session(self._client, self._policy, **how)  # type: ignore[arg-type]
+        return Session(self._client, self._policy, transport=transport, timeout_s=30.0, **self._how)
 
     def sync(self) -> None:
         """Have the engine hold the policy as it is now. Returns when that is committed.

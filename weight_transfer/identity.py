@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,16 +31,31 @@ class ProcessIdentity:
             gpu_uuids=gpu_uuids,
         )
 
-    def why_not_shared(self, other: ProcessIdentity) -> str:
-        """Why this process and `other` cannot share the policy's memory; "" if they can.
+    def why_not_shared(
+        self, other: ProcessIdentity, members: Sequence[ProcessIdentity] = ()
+    ) -> tuple[str, str]:
+        """Why this process cannot share the policy's memory with `other`, and the field of its OpenSession that is at
+        fault; both "" if it can.
 
         A PID namespace must be shared too: CUDA IPC fails across them, sometimes silently.
+
+        Args:
+            members: further ranks of a trainer whose first is `other`. Then all of them have to be on this host, and
+                together on every GPU that holds the policy.
         """
-        if self.boot_id != other.boot_id:
-            return "the two processes are on different hosts"
-        if self.pid_namespace != other.pid_namespace:
-            return "the two processes are in different PID namespaces (containers): share one, as in one pod"
-        if self.gpu_uuids != other.gpu_uuids:
-            mine, theirs = (", ".join(p.gpu_uuids) or "no GPU" for p in (self, other))
-            return f"the policy is on different devices: {mine} here, {theirs} there"
-        return ""
+        for field, each in (("identity", other), *((f"members[{i}]", m) for i, m in enumerate(members))):
+            if self.boot_id != each.boot_id:
+                return f"{field}.boot_id", "the two processes are on different hosts"
+            if self.pid_namespace != each.pid_namespace:
+                why = (
+                    "the two processes are in different PID namespaces (containers): share one, as in one pod"
+                )
+                return f"{field}.pid_namespace", why
+        theirs = tuple(gpu for each in (other, *members) for gpu in each.gpu_uuids)
+        if members and set(self.gpu_uuids) <= set(theirs) and bool(self.gpu_uuids) == bool(theirs):
+            return "", ""
+        if self.gpu_uuids == theirs:
+            return "", ""
+        here, there = (", ".join(dict.fromkeys(gpus)) or "no GPU" for gpus in (self.gpu_uuids, theirs))
+        why = f"the policy is on different devices: {here} here, {there} there"
+        return "members" if members else "identity.gpu_uuids", why

@@ -24,7 +24,7 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-def _extent(shape: Sequence[int], strides: Sequence[int]) -> int:
+def extent(shape: Sequence[int], strides: Sequence[int]) -> int:
     """Elements from the first to one past the last of a strided block."""
     if 0 in shape:
         return 0
@@ -49,10 +49,15 @@ class Block:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where one tensor goes: blocks that together are the tensor. `spec` has the engine's dtype."""
+    """Where one tensor goes: blocks that together are the tensor. `spec` has the engine's dtype.
+
+    A rank's part of that has its blocks alone, and may be written from the rank's shard of the tensor, which then
+    stands for the tensor here: `first` is the place of its first element in the whole.
+    """
 
     spec: TensorSpec
     blocks: tuple[Block, ...]
+    first: int = 0
 
     def alias_reason(self, trainer_dtype: str) -> str:
         """Why a trainer's parameter of `trainer_dtype` may not become a view of the arena; "" if it may."""
@@ -81,8 +86,8 @@ class Placement:
         return list(zip(self.parts(tensor.detach().contiguous()), self.places(arenas), strict=True))
 
     def parts(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """What each block has of `tensor`, which is contiguous and of the spec's shape."""
-        first = tensor.storage_offset()  # as_strided counts from the storage's start
+        """What each block has of `tensor`, which is contiguous and of the spec's shape, or a shard from `first` on."""
+        first = tensor.storage_offset() - self.first  # as_strided counts from the storage's start
         return [
             tensor.as_strided(block.shape, block.tensor_strides, first + block.tensor_offset)
             for block in self.blocks
@@ -95,8 +100,8 @@ class Placement:
         dtype = getattr(torch, self.spec.dtype)
         found = []
         for block in self.blocks:
-            extent = _extent(block.shape, block.arena_strides)
-            flat = arenas[block.arena].tensor(block.arena_offset, (extent,), dtype)
+            reach = extent(block.shape, block.arena_strides)
+            flat = arenas[block.arena].tensor(block.arena_offset, (reach,), dtype)
             found.append(flat.as_strided(block.shape, block.arena_strides))
         return found
 
@@ -183,10 +188,10 @@ def _check_block(spec: TensorSpec, block: Block, arena_sizes: Sequence[int]) -> 
     itemsize = ITEMSIZE[spec.dtype]
     if block.arena_offset % itemsize:
         raise ValueError(f"{spec.name}: byte {block.arena_offset} is no place for a {spec.dtype}")
-    end = block.arena_offset + _extent(block.shape, block.arena_strides) * itemsize
+    end = block.arena_offset + extent(block.shape, block.arena_strides) * itemsize
     if block.arena_offset < 0 or end > arena_sizes[block.arena]:
         raise ValueError(f"{spec.name}: bytes {block.arena_offset} to {end} leave the arena")
-    last = block.tensor_offset + _extent(block.shape, block.tensor_strides)
+    last = block.tensor_offset + extent(block.shape, block.tensor_strides)
     if block.tensor_offset < 0 or last > spec.numel:
         raise ValueError(f"{spec.name}: elements {block.tensor_offset} to {last} leave the tensor")
     for strides in (block.arena_strides, block.tensor_strides):

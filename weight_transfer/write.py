@@ -8,6 +8,7 @@ import torch
 
 from weight_transfer import digest as digests
 from weight_transfer.arena import Arena
+from weight_transfer.parts import sum_of
 from weight_transfer.placement import Placement
 from weight_transfer.scatter import Pair, scatter
 
@@ -21,10 +22,7 @@ def write(items: Sequence[tuple[Placement, torch.Tensor]], arenas: Sequence[Aren
     Raises:
         ValueError: as `scatter` does, for tensors in host memory.
     """
-    if not items:
-        return []
-    device = arenas[0].device
-    if device.type == "cuda" and all(tensor.device == device for _, tensor in items):
+    if _on_one_device(items, arenas):
         from weight_transfer.cuda.write import write as write_on_device
 
         return write_on_device(items, arenas)
@@ -35,12 +33,31 @@ def write(items: Sequence[tuple[Placement, torch.Tensor]], arenas: Sequence[Aren
     return found
 
 
+def write_parts(items: Sequence[tuple[Placement, torch.Tensor]], arenas: Sequence[Arena]) -> list[int]:
+    """`write` of a rank's blocks alone, which are of whole words. Returns the digest sum of each placement's blocks."""
+    if _on_one_device(items, arenas):
+        from weight_transfer.cuda.write import write_parts as write_on_device
+
+        return write_on_device(items, arenas)
+    found = [sum_of(place, tensor.detach().to(getattr(torch, place.spec.dtype))) for place, tensor in items]
+    copy([pair for place, tensor in items for pair in place.pairs(arenas, tensor)])
+    return found
+
+
+def _on_one_device(items: Sequence[tuple[Placement, torch.Tensor]], arenas: Sequence[Arena]) -> bool:
+    """Whether the kernel can reach all of it."""
+    devices = {arena.device for arena in arenas}
+    if len(devices) != 1 or not items:
+        return False
+    (device,) = devices
+    return device.type == "cuda" and all(tensor.device == device for _, tensor in items)
+
+
 def again(
     items: Sequence[tuple[Placement, torch.Tensor]], arenas: Sequence[Arena]
 ) -> Callable[[], list[int]] | None:
     """A quicker `write` for as long as each tensor stays where it is; None where there is none."""
-    device = arenas[0].device
-    if device.type != "cuda" or not items or any(tensor.device != device for _, tensor in items):
+    if not _on_one_device(items, arenas):
         return None
     from weight_transfer.cuda.write import again as again_on_device
 

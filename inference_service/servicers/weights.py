@@ -53,7 +53,8 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
 
     async def OpenSession(self, request: pb.OpenSessionRequest, context: Any) -> pb.OpenSessionResponse:
         policy, sessions = self._host.policy, self._host.sessions
-        tensors, identity = _specs(request.tensors), _identity(request)
+        tensors, identity = _specs(request.tensors), _identity(request.identity, "identity")
+        members = [_identity(member, f"members[{i}]") for i, member in enumerate(request.members)]
         transport = _named(_TRANSPORT, request.transport, "transport")
         mode = _named(_MODE, request.mode, "mode")
         adapter = None
@@ -63,8 +64,8 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
             digest = asked.base_digest if asked.HasField("base_digest") else None
             specs = _specs(asked.tensors, "adapter.tensors")
             adapter = await trained_adapter(policy, asked.name, specs, digest)
-        how = {"nccl": request.nccl_version, "window": request.nccl_window_bytes}
-        session = sessions.open(tensors, identity, transport, adapter, mode, **how)
+        how: dict[str, Any] = {"nccl": request.nccl_version, "window": request.nccl_window_bytes}
+        session = sessions.open(tensors, identity, transport, adapter, mode, members=members, **how)
         response = pb.OpenSessionResponse(
             session_id=session.id,
             engine_id=policy.engine.info.engine_id,
@@ -349,10 +350,9 @@ def _specs(tensors: Iterable[pb.TensorSpec], field: str = "tensors") -> list[Ten
     return specs
 
 
-def _identity(request: pb.OpenSessionRequest) -> ProcessIdentity:
-    if not request.identity.boot_id:
-        raise invalid("identity.boot_id", "is required")
-    it = request.identity
+def _identity(it: pb.ProcessIdentity, field: str) -> ProcessIdentity:
+    if not it.boot_id:
+        raise invalid(f"{field}.boot_id", "is required")
     return ProcessIdentity(it.boot_id, it.pid_namespace, it.pid, it.start_time, tuple(it.gpu_uuids))
 
 

@@ -63,10 +63,11 @@ def test_a_process_whose_name_is_meant_to_confuse() -> None:
 )
 def test_who_shares_memory(change: dict[str, object], why: str) -> None:
     other = dataclasses.replace(HERE, **change)  # type: ignore[arg-type]
-    assert HERE.why_not_shared(other) == why
-    assert bool(other.why_not_shared(HERE)) == bool(why)
+    field = f"identity.{min(change)}" if why else ""
+    assert HERE.why_not_shared(other) == (field, why)
+    assert bool(other.why_not_shared(HERE)[1]) == bool(why)
 
 
 def test_the_farthest_difference_is_named() -> None:
     other = ProcessIdentity("other", 1, 1, 1, ())
-    assert HERE.why_not_shared(other) == "the two processes are on different hosts"
+    assert HERE.why_not_shared(other) == ("identity.boot_id", "the two processes are on different hosts")

@@ -18,6 +18,7 @@ from trainer_service.policy_tensors import EVERYTHING, policy_tensors
 from trainer_service.reaching import INFERENCE, Addresses, Services, Weights, reached, weights_of
 from trainer_service.seeds import Numbering
 from trainer_service.shards import Gathering
+from trainer_service.together import Together
 from trainer_service.tokenizers import check_tokenizer
 from trainer_service.trainers.optimizer import OptimizerMixin
 from trainer_service.trainers.resume import RELIED_ON, ResumeMixin
@@ -69,6 +70,7 @@ class RemoteMixin(OptimizerMixin, ResumeMixin):
     policy_weights: Weights | None
     _lora_mode = "merged"  # a trainer that takes another sets it first
     _evaluating = False
+    _together: Together | None = None
     #: Where trainers that groups are known of keep account of them.
     account: Account | None = None
 
@@ -102,6 +104,9 @@ class RemoteMixin(OptimizerMixin, ResumeMixin):
             adapter_tensors(self.model)  # what cannot be sent alone is told now
             transports = ("stream",)
         gathering = Gathering(self.accelerator, lambda: self.model, self._everything)
+        options: dict[str, Any] = {}
+        if "shared" in transports and self.accelerator.num_processes > 1:
+            self._together = options["together"] = Together(self.accelerator, gathering, lambda: self.model)
         self.policy_weights = (
             weights_of(
                 client,
@@ -110,6 +115,7 @@ class RemoteMixin(OptimizerMixin, ResumeMixin):
                 timeout_s=args.vllm_server_timeout,
                 led=gathering.led,
                 adapter=adapter,
+                **options,
             )
             if main
             else None
@@ -221,6 +227,8 @@ class RemoteMixin(OptimizerMixin, ResumeMixin):
         """End the session with the service. The model stays, in memory of its own; training cannot go on."""
         if self.policy_weights is not None:
             self.policy_weights.detach()
+        if self._together is not None:
+            self._together.leave()
         self.vllm_generation.client.close()
 
 

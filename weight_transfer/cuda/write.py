@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ import torch
 from weight_transfer.arena import Arena
 from weight_transfer.cuda import kernels
 from weight_transfer.digest import digest_tensor, finished
+from weight_transfer.parts import sum_of
 from weight_transfer.placement import Block, Placement
 
 _TILE = 1 << 15  # elements for one block
@@ -29,16 +30,28 @@ def write(items: Sequence[Item], arenas: Sequence[Arena]) -> list[int]:
     Pieces that are rows of whole units of the kernel's go through one launch for each pair of dtypes; torch copies
     what is not.
     """
-    if not all(tensor.is_contiguous() for _, tensor in items):
-        items = [(placement, tensor.contiguous()) for placement, tensor in items]
+    items = _contiguous(items)
     plan = _plan_for(items, arenas)
     found = plan.write()
-    for i in plan.odd:
-        placement, tensor = items[i]
-        for part, place in placement.pairs(arenas, tensor):
-            place.copy_(part)
-        found[i] = digest_tensor(tensor.detach().to(getattr(torch, placement.spec.dtype)))
+    for i, _, cast in plan.copied(items, arenas):
+        found[i] = digest_tensor(cast)
     return found
+
+
+def write_parts(items: Sequence[Item], arenas: Sequence[Arena]) -> list[int]:
+    """`weight_transfer.write.write_parts`, likewise."""
+    items = _contiguous(items)
+    plan = _plan_for(items, arenas)
+    found = [total % 2**64 for total in plan.launch().tolist()]
+    for i, placement, cast in plan.copied(items, arenas):
+        found[i] = sum_of(placement, cast)
+    return found
+
+
+def _contiguous(items: Sequence[Item]) -> Sequence[Item]:
+    if all(tensor.is_contiguous() for _, tensor in items):
+        return items
+    return [(placement, tensor.contiguous()) for placement, tensor in items]
 
 
 def again(items: Sequence[Item], arenas: Sequence[Arena]) -> Callable[[], list[int]] | None:
@@ -77,7 +90,10 @@ class _Plan:
         for i, (placement, tensor) in enumerate(items):
             dtypes = (tensor.dtype, getattr(torch, placement.spec.dtype))
             blocks = [block for block in placement.blocks if block.numel]
-            rows = [_piece(block, tensor, dtypes, arenas[block.arena].address) for block in blocks]
+            rows = [
+                _piece(block, tensor, dtypes, arenas[block.arena].address, placement.first)
+                for block in blocks
+            ]
             if None in rows:
                 self.odd.append(i)
             elif rows:
@@ -95,6 +111,16 @@ class _Plan:
         for launch in self._launches:
             launch(totals)
         return totals
+
+    def copied(
+        self, items: Sequence[Item], arenas: Sequence[Arena]
+    ) -> Iterator[tuple[int, Placement, torch.Tensor]]:
+        """Write the odd ones of `items`. Gives each one's index, its placement, and its value as it was written."""
+        for i in self.odd:
+            placement, tensor = items[i]
+            for part, place in placement.pairs(arenas, tensor):
+                place.copy_(part)
+            yield i, placement, tensor.detach().to(getattr(torch, placement.spec.dtype))
 
 
 _plans: OrderedDict[tuple[object, ...], _Plan] = OrderedDict()
@@ -130,14 +156,14 @@ class _Launch:
         kernels.launch(self._kernel, self._blocks, totals.device, self._pieces, self._piece_of, totals)
 
 
-def _piece(block: Block, tensor: torch.Tensor, dtypes: Dtypes, arena: int) -> list[int] | None:
+def _piece(block: Block, tensor: torch.Tensor, dtypes: Dtypes, arena: int, first: int) -> list[int] | None:
     """A row of the kernel's table, without tensor and first block; None where the kernel cannot take the block."""
     if not set(dtypes) <= _NAMES.keys():
         return None
     rows = _rows(block)
     source_size, size = (dtype.itemsize for dtype in dtypes)
     lanes = 16 // max(source_size, size)
-    source = tensor.data_ptr() + block.tensor_offset * source_size
+    source = tensor.data_ptr() + (block.tensor_offset - first) * source_size
     target = arena + block.arena_offset
     if rows is None or source % (lanes * source_size) or target % (lanes * size):
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from weight_transfer import digest as digests
 from weight_transfer.manifest import Manifest, TensorSpec
@@ -24,13 +24,14 @@ class SourceTensor:
     `read` returns its value now, of the spec's dtype and shape; the result may be fresh memory, and is
     dropped before the next tensor is read. `parameter` is set where the value is a parameter of the model as
     it stands, which may therefore become a view of the engine's memory. `device` is where the policy holds it, as torch
-    names it.
+    names it. `shard` is set where `read` gathers it, plainly, from ranks that each have a part of it.
     """
 
     spec: TensorSpec
     read: Callable[[], torch.Tensor]
     parameter: torch.nn.Parameter | None = None
     device: str = "cpu"
+    shard: Any = None
 
     @property
     def name(self) -> str:

@@ -57,7 +57,7 @@ class SharedTransport(WeightTransport):
     def connect(cls, handshake: Handshake, timeout_s: float) -> SharedTransport:
         """Fetch the arenas' descriptors and map them. Errors are those of `open_transport`."""
         sizes = handshake.arena_sizes
-        devices = [_device(gpu) for gpu in handshake.arena_gpus]
+        devices = [device_named(gpu) for gpu in handshake.arena_gpus]
         placement.check(handshake.placements, sizes)  # before anything is mapped by it
         fds, connection = descriptors.receive(
             handshake.descriptor_socket, handshake.token, len(sizes), timeout_s
@@ -210,7 +210,12 @@ def _where(policy: Sequence[SourceTensor]) -> list[object]:
     return [*map(torch.Tensor.data_ptr, parameters), *(parameter.dtype for parameter in parameters)]
 
 
-def _device(gpu: str) -> torch.device:
+def device_named(gpu: str) -> torch.device:
+    """The device with this UUID, the host's for "".
+
+    Raises:
+        ValueError: this process does not see it. ImportError: what compiles the kernels for it is not there.
+    """
     if not gpu:
         return torch.device("cpu")
     from weight_transfer.cuda.devices import device_of, require_kernels
