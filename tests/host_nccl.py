@@ -6,6 +6,7 @@ that is ours (windows, mirrors, buckets, the line to the worker, deadlines, the 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
 import functools
@@ -23,8 +24,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from inference_service import sessions
-from inference_service.arenas import EngineArenas, Handle
+from inference_service import passing, sessions
+from inference_service.arenas import EngineArenas, Handle, HostArenas
 from inference_service.device_arenas import DeviceArenas
 from inference_service.worker_link import WorkerLink
 from tests.weight_service import IdleEngine, engine_arenas, network
@@ -32,11 +33,13 @@ from trainer_service import session
 from trainer_service.client import InferenceClient
 from trainer_service.lease import Lease
 from trainer_service.weights import PolicyWeights
+from weight_transfer.arena import Arena
 from weight_transfer.cuda import nccl
 from weight_transfer.digest import combine
 from weight_transfer.reading import Reading
 from weight_transfer.transports import Sum
 from weight_transfer.transports.nccl import NcclTransport
+from weight_transfer.write import copy
 
 ENGINE_GPU = "GPU-engine"
 WINDOW_BYTES = 64
@@ -214,6 +217,9 @@ class NcclEngine(IdleEngine):
                 return [None]
             case "tandem_digest":
                 return [combine(held.reading.digests())]
+            case "tandem_write":
+                await asyncio.to_thread(_write_staged, held, *args)
+                return [None]
         return await super().call_workers(method, *args)
 
     @property
@@ -227,10 +233,23 @@ class NcclEngine(IdleEngine):
         return held
 
 
-def on_a_gpu(model: torch.nn.Module) -> tuple[NcclEngine, EngineArenas]:
+def _write_staged(held: Any, path: str, size: int, offsets: dict[str, int]) -> None:
+    """What a worker does with it."""
+    (fd,) = passing.take(path)
+    staged = Arena.open(fd, size)
+    os.close(fd)
+    for placement in held.placements:
+        spec = placement.spec
+        tensor = staged.tensor(offsets[spec.name], spec.shape, getattr(torch, spec.dtype))
+        copy(placement.pairs(held.arenas, tensor))
+
+
+def on_a_gpu(
+    model: torch.nn.Module, layout: Callable[[nn.Module], HostArenas] = engine_arenas
+) -> tuple[NcclEngine, EngineArenas]:
     """An engine and its arenas, for a service of a process of its own."""
     take_over()
-    memory = engine_arenas(model)
+    memory = layout(model)
     engine = NcclEngine(memory)
     handles = [Handle(os.dup(arena.fd), arena.size, ENGINE_GPU) for arena in memory.arenas]
     free = 1 << 40

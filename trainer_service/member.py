@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from tandem.errors import DeadlineExceeded, TandemError, Unavailable
+from tandem.errors import DeadlineExceeded, Reason, TandemError, Unavailable
 from trainer_service.client import InferenceClient, is_gone
 from trainer_service.lease import Lease
 from trainer_service.pulse import ANSWER_S, answered, ask, gone
@@ -17,6 +17,7 @@ from weight_transfer.transports import Piece
 logger = logging.getLogger(__name__)
 
 _LOOK_S = 0.01
+_READY_S = 10.0
 
 
 class Member:
@@ -69,13 +70,30 @@ class Member:
 
     def join(self) -> None:
         """Introduce the policy anew: the service may have another life, and other weights. Raises as Session does."""
+        self._close()
         self._session, self.holds, self.lost, self.restarted = self._opened(self.client), 0, "", False
 
     def begin(self, number: int, *, partial: bool) -> None:
         """Take its lease. Raises as `Session.begin` does."""
-        self._lease = self.session.begin(number, partial=partial, ready_timeout_s=ANSWER_S)
-        if self.lost:  # meanwhile
-            self._lease.cut()
+
+        def begun(lease: Lease) -> None:
+            self._lease = lease
+            if self.lost:  # meanwhile
+                lease.cut()
+
+        try:
+            # By NCCL memory is had first; if it dies, the lease is cut.
+            patience = _READY_S if self.session.transport.name == "nccl" else ANSWER_S
+            self.session.begin(number, partial=partial, ready_timeout_s=patience, begun=begun)
+        except BaseException:
+            self._lease = None
+            raise
+
+    def check(self) -> None:
+        """Raise once it takes no part in the update any more."""
+        if self._lease is None:
+            raise Unavailable(Reason.UNREACHABLE, self.lost or "its update has ended")
+        self._lease.check()
 
     def send(self, piece: Piece) -> None:
         """Send it a piece, unless it is lost."""
@@ -90,7 +108,7 @@ class Member:
 
         def install(lease: Lease) -> None:
             try:
-                version, self.stopped = lease.commit(None)
+                version, self.stopped = lease.commit(None, meanwhile=self.session.transport.mark)
             except TandemError as error:  # what it holds now is not known
                 self.drop(error.message)
             else:
@@ -103,6 +121,8 @@ class Member:
         lease, self._lease = self._lease, None
         if lease is not None and not self.lost:
             lease.abort(reason, untouched=True)
+        if self._session is not None:
+            self._session.transport.forget()
 
     def drop(self, reason: str) -> None:
         """It takes part no more: whoever waits for it is told so. From any thread."""
@@ -116,9 +136,18 @@ class Member:
         """Where it was dropped, have it joined before it takes part again."""
         lease, self._lease = self._lease, None
         if self.lost:
-            self._session, self.holds = None, 0
             if lease is not None:  # its heart must not go on beating
                 lease.cut()
+            self.close()
+
+    def close(self) -> None:
+        """End its session."""
+        self._close()
+        self._session, self.holds = None, 0
+
+    def _close(self) -> None:
+        if self._session is not None:
+            self._session.transport.close()
 
     def _lively(self, call: Callable[[Lease], None]) -> None:
         """Call, unless it is lost. That it went away meanwhile is no error here."""

@@ -21,17 +21,29 @@ from tandem.errors import FailedPrecondition, NotFound, Reason, TandemError, Una
 from trainer_service.adapter_session import AdapterSession
 from trainer_service.adapter_tensors import adapter_tensors
 from trainer_service.client import InferenceClient
+from trainer_service.fleet import Fleet, over_nccl
 from trainer_service.member import Member, went_away
 from trainer_service.policy_tensors import policy_tensors
 from trainer_service.pulse import Pulse
 from trainer_service.roster import Roster
 from trainer_service.session import Session
 from trainer_service.updates import ATTEMPTS, UpdateStats, patiently, retryable
-from weight_transfer.transports import Handshake, Piece, SourceTensor, WeightTransport, open_transport
+from weight_transfer.cuda import nccl
+from weight_transfer.transports import (
+    Handshake,
+    Moved,
+    Piece,
+    SourceTensor,
+    TransportError,
+    WeightTransport,
+    open_transport,
+)
+from weight_transfer.windows import WINDOW_BYTES
 
 logger = logging.getLogger(__name__)
 
 _OPEN_S = 10.0
+_TRANSPORTS = ("nccl", "stream")
 
 
 class ReplicatedWeights:
@@ -41,14 +53,13 @@ class ReplicatedWeights:
     """
 
     aliased = False
-    transport = "stream"
 
     def __init__(
         self,
         clients: Sequence[InferenceClient],
         model: Callable[[], nn.Module],
         *,
-        transport: str | Sequence[str] | None = "stream",
+        transport: str | Sequence[str] | None = None,
         timeout_s: float = 240.0,
         led: Callable[[list[SourceTensor]], list[SourceTensor]] = list,
         adapter: str = "",
@@ -60,7 +71,8 @@ class ReplicatedWeights:
         Args:
             clients: one for each service; none of them has weights of another trainer.
             model: gives the policy. Asked at each update.
-            transport: stream, or several of which it is one.
+            transport: nccl or stream, or several of which one is: each service has the first of them that can be had.
+                Both, in this order, if None.
             timeout_s: how many seconds to wait where no service answers.
             led: goes around the tensors of a policy that other ranks must read too.
             adapter: what to call the model's LoRA adapter in the engines, if it is all that they are given.
@@ -70,14 +82,13 @@ class ReplicatedWeights:
         Raises:
             InvalidArgument: no service, one of them twice, or a transport or mode that is another.
         """
-        wanted = (
-            ("stream",) if transport is None else (transport,) if isinstance(transport, str) else transport
-        )
-        if "stream" not in wanted:
+        wanted = (transport,) if isinstance(transport, str) else transport or _TRANSPORTS
+        self._transports = [name for name in wanted if name in _TRANSPORTS]
+        if not self._transports:
             raise invalid(
                 "transport",
-                f"several replicas take their weights by stream, not by {', '.join(wanted)}: parameters can be the "
-                "memory of one engine alone",
+                f"several replicas take their weights by NCCL or stream, not by {', '.join(wanted)}: parameters can be "
+                "the memory of one engine alone",
             )
         if mode not in ("", "staged"):
             raise invalid(
@@ -93,7 +104,8 @@ class ReplicatedWeights:
         self._sparse = sparse and not adapter
         self._roster = Roster(clients, self._open)
         self._names: list[str] = []  # of the engines' tensors
-        self._way: WeightTransport | None = None  # what reads the policy, once for all
+        self._way: WeightTransport | None = None  # what reads the policy, once for all streams
+        self._fleet = Fleet()  # and for all that it reaches by NCCL
         self._cut = (0, False)  # it was made for: bytes of a chunk at most, and whether changes travel alone
         self._held = 0  # digest of the last commit
         self._turn = threading.RLock()  # one update or catching up at a time
@@ -102,6 +114,12 @@ class ReplicatedWeights:
     def weight_version(self) -> int:
         """The version that was committed last; 0 before the first."""
         return self.history[-1].weight_version if self.history else 0
+
+    @property
+    def transport(self) -> str:
+        """How services that take part get the weights: nccl, stream, or nccl_stream; "" without a session."""
+        sessions = [member.session for member in self._roster.members if not member.out]
+        return "_".join(sorted({session.transport.name for session in sessions}))
 
     @property
     def bytes_moved(self) -> int:
@@ -182,6 +200,7 @@ class ReplicatedWeights:
     def detach(self) -> None:
         """End the sessions."""
         self._roster.close()
+        self._fleet.close()
         if self._way is not None:
             self._way.close()
 
@@ -194,11 +213,15 @@ class ReplicatedWeights:
         way = self._reader(members)
         last = self.weight_version
         number = max(last + 1, self.least, *(member.session.weight_version + 1 for member in members))
-        partial = way.partial and all(last and member.holds == last for member in members)
+        streams = [member for member in members if not over_nccl(member)]
+        partial = way.partial and all(last and member.holds == last for member in streams)
         if not partial:
             way.forget()
         moved = self._commit(members, way, number, partial=partial)
-        way.mark()
+        if streams:
+            way.mark()
+        else:  # it has not read what was committed
+            way.forget()
         self._held = moved.digest
         self.committed += 1
         stopped = max((member.stopped for member in members if not member.lost), default=0.0)
@@ -226,9 +249,7 @@ class ReplicatedWeights:
                 if again := [member.client.address for member in members if member.restarted]:
                     # It is there, and would have to wait for the next version: begin anew, with all.
                     raise NotFound(Reason.SESSION_NOT_FOUND, f"{', '.join(again)} must be introduced anew.")
-                moved = way.move(
-                    self._policy(self._names), lambda piece: self._send(members, piece), digest=True
-                )
+                moved = self._move(members, way)
                 found = moved.digest
                 assert found is not None  # noqa: S101  for the type checker
                 if digest is not None and found != digest:
@@ -241,6 +262,7 @@ class ReplicatedWeights:
                 # From here on each commits that lives: nothing that can be foreseen stands in the way.
                 self._roster.each(members, Member.commit)
                 _require(members)
+                self._fleet.succeeded([member for member in members if not member.lost])
         except BaseException as error:
             way.forget()
             for member in members:
@@ -250,24 +272,46 @@ class ReplicatedWeights:
             self._roster.forget_the_lost()
         return moved
 
+    def _move(self, members: Sequence[Member], way: WeightTransport) -> Moved:
+        """The policy to all, read once for those of each kind. Returns what moved to one, the most of them."""
+        policy = self._policy(self._names)
+        here = [member for member in members if not member.lost]
+        _require(here or members)
+        fleet = [member for member in here if over_nccl(member)]
+        moved = []
+        if fleet:
+            moved.append(self._fleet.move(fleet, policy))
+        if len(fleet) < len(here):
+            moved.append(way.move(policy, lambda piece: self._send(here, piece), digest=True))
+        return max(moved, key=lambda one: one.nbytes)
+
     def _begin(self, member: Member, number: int, *, partial: bool) -> None:
+        by_nccl = over_nccl(member)
         try:
-            patiently(lambda: member.begin(number, partial=partial))
+            patiently(lambda: member.begin(number, partial=partial and not by_nccl))
+        except TransportError as error:
+            self._fleet.broke(member, error)
         except TandemError as error:
+            if member.lost:  # somebody noticed it meanwhile
+                return None
+            if by_nccl and error.reason == Reason.LEASE_LOST:
+                return self._fleet.broke(member, error)
             if not went_away(error):
                 raise
             member.restarted = error.reason == Reason.SESSION_NOT_FOUND
             member.drop(error.message)
+        return None
 
     def _send(self, members: Sequence[Member], piece: Piece) -> None:
         for member in members:
-            member.send(piece)
+            if not over_nccl(member):
+                member.send(piece)
         _require(members)
 
     def _reader(self, members: Sequence[Member]) -> WeightTransport:
         cut = (
             min(member.session.max_chunk_bytes for member in members),
-            self._sparse and all(member.session.takes_changes for member in members),
+            self._sparse and all(m.session.takes_changes for m in members if not over_nccl(m)),
         )
         if self._way is None or cut != self._cut:
             if self._way is not None:
@@ -289,9 +333,26 @@ class ReplicatedWeights:
         if self._adapter:
             session: Session = AdapterSession(client, self._policy, self._base, name=self._adapter)
         else:
-            session = Session(client, self._policy, transport="stream", mode="staged", timeout_s=_OPEN_S)
+            session = self._introduced(client)
         self._names = session.names
         return session
+
+    def _introduced(self, client: InferenceClient) -> Session:
+        by_nccl = nccl.version() and not self._fleet.fails(client)
+        usable = [name for name in self._transports if name != "nccl" or by_nccl]
+        *others, last = usable or self._transports
+        for transport in others:
+            try:
+                return self._session(client, transport)
+            except FailedPrecondition as error:
+                if error.reason != Reason.TRANSPORT_UNAVAILABLE:
+                    raise
+        return self._session(client, last)
+
+    def _session(self, client: InferenceClient, transport: str) -> Session:
+        # Windows of the size of buckets: which of the services share a mirror is not known yet.
+        how = {"mode": "staged", "timeout_s": _OPEN_S, "window_bytes": WINDOW_BYTES}
+        return Session(client, self._policy, transport=transport, **how)  # type: ignore[arg-type]
 
     def _policy(self, wanted: Sequence[str]) -> list[SourceTensor]:
         """What updates carry."""

@@ -133,4 +133,6 @@ class Roster:
     def close(self) -> None:
         """Call nobody any more."""
         self._pool.shutdown()
+        for member in self.members:
+            member.close()
         self._current = frozenset()

@@ -47,6 +47,7 @@ class Session:
         mode: str = "",
         sparse: bool = False,
         together: Together | None = None,
+        window_bytes: int = 0,
     ) -> None:
         """Introduce the policy, and open the transport that is chosen.
 
@@ -58,6 +59,7 @@ class Session:
             mode: staged or in_place, or "" to let the service choose.
             sparse: whether updates by stream shall carry what changed alone, where the service takes that.
             together: the ranks of the run, which write the engine's memory where that is of several workers.
+            window_bytes: of what goes by NCCL, or 0 for as many as suit the policy.
 
         Raises:
             InvalidArgument: the policy is not the engine's model; each tensor at fault is named.
@@ -75,6 +77,7 @@ class Session:
         request.mode = _mode_value(mode)
         if together is not None:
             request.members.extend(together.identities[1:])
+        request.nccl_window_bytes = window_bytes or window_wanted(manifest, policy)
         with rpc.translated():
             opened = client.weights.OpenSession(request, timeout=timeout_s)
         self.id = opened.session_id
@@ -112,8 +115,7 @@ class Session:
         return pb.OpenSessionRequest(
             identity=_identity(policy),
             tensors=specs_of(policy),
-            nccl_version=nccl.version() if _device(policy) else 0,
-            nccl_window_bytes=window_wanted(manifest, policy),
+            nccl_version=nccl.version() if has_nccl(policy) else 0,
         )
 
     def _carried(self, manifest: Manifest, opened: pb.OpenSessionResponse) -> Manifest:
@@ -129,11 +131,13 @@ class Session:
         partial: bool | None = None,
         meanwhile: Callable[[], None] = lambda: None,
         stands: bool = False,
+        begun: Callable[[Lease], None] = lambda lease: None,
     ) -> Lease:
         """Take the lease for the update that makes version `number` on top of `weight_version`.
 
         `meanwhile` is called while the engine stops. `partial` is what the session's transport says, if None. `stands`:
-        what will be moved is what the transport has as it `stands`, which may therefore go ahead.
+        what will be moved is what the transport has as it `stands`, which may therefore go ahead. `begun` is given the
+        lease first of all, so that others can cut it.
 
         Raises:
             FailedPrecondition: somebody else made a newer version.
@@ -143,6 +147,7 @@ class Session:
         transport = self.transport
 
         def joined(lease: Lease) -> None:
+            begun(lease)
             transport.join(lease.check)
             if stands:
                 transport.ahead()
@@ -176,6 +181,11 @@ class Session:
             now = self._client.weights.GetWeightVersion(request, timeout=ANSWER_TIMEOUT_S)
         committed: bool = now.state == pb.WEIGHT_STATE_COMMITTED and now.digest == digest
         return committed and now.weight_version == number
+
+
+def has_nccl(policy: Sequence[SourceTensor]) -> bool:
+    """Whether the policy may go by NCCL, as far as this side knows."""
+    return bool(_device(policy) and nccl.version())
 
 
 def _identity(policy: Sequence[SourceTensor]) -> pb.ProcessIdentity:

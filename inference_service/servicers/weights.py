@@ -151,6 +151,8 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
                 case "prepare":
                     if not message.prepare.HasField("digest"):
                         raise invalid("prepare.digest", "is required")
+                    if lease.update.coming:
+                        await trainer.heard_during(lease.update.arrived())
                     await lease.update.prepare(message.prepare.digest)
                     prepared = True
                     yield pb.UpdateWeightsResponse(prepared=pb.UpdatePrepared())

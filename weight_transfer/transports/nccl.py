@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -21,10 +22,33 @@ from weight_transfer.transports.base import (
     WeightTransport,
 )
 from weight_transfer.transports.outgoing import Buckets, Mirror, Outgoing, mirrored
-from weight_transfer.windows import windows
+from weight_transfer.windows import Window, windows
 
 TRAINER = 0
 """The trainer's rank. Those of the engine's workers come behind it."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How an engine takes a policy.
+
+    placements: where each tensor lies, in the manifest's order. sizes: bytes of the arenas. cut: in which windows.
+    """
+
+    manifest: Manifest
+    placements: tuple[Placement, ...]
+    sizes: tuple[int, ...]
+    cut: tuple[Window, ...]
+    device: torch.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that travel."""
+        return sum(window.nbytes for window in self.cut)
+
+    def made(self, kind: type[Outgoing]) -> Outgoing:
+        """Memory of this layout, or of its windows."""
+        return kind(self.manifest, self.placements, self.cut, self.sizes, self.device)
 
 
 class NcclTransport(WeightTransport):
@@ -55,10 +79,9 @@ class NcclTransport(WeightTransport):
         """
         where = {placement.spec.name: placement for placement in placements}
         self._manifest = manifest
-        self._placements = [where[spec.name] for spec in manifest]
-        self._windows = windows(self._placements, window_bytes)
-        self._sizes = list(arena_sizes)
-        self._device = device
+        placed = tuple(where[spec.name] for spec in manifest)
+        cut = tuple(windows(placed, window_bytes))
+        self.layout = Layout(manifest, placed, tuple(arena_sizes), cut, device)
         self._ranks = ranks
         self._outgoing: Outgoing | None = None
         self._communicator: nccl.Communicator | None = None
@@ -84,6 +107,13 @@ class NcclTransport(WeightTransport):
             handshake.ranks,
         )
 
+    @property
+    def communicator(self) -> nccl.Communicator:
+        """With the engine, after `join`. Raises TransportError where it was given up."""
+        if self._communicator is None:
+            raise TransportError("NCCL: there is no communicator")
+        return self._communicator
+
     def stands(self) -> bool:
         return self._outgoing is not None and self._outgoing.stands()
 
@@ -101,7 +131,7 @@ class NcclTransport(WeightTransport):
         if self._communicator is not None:
             return
         try:
-            self._communicator = nccl.Communicator(self._id, TRAINER, self._ranks, self._device, alive)
+            self._communicator = nccl.Communicator(self._id, TRAINER, self._ranks, self.layout.device, alive)
         except nccl.NcclError as error:
             raise TransportError(f"NCCL: {error}") from error
 
@@ -131,9 +161,7 @@ class NcclTransport(WeightTransport):
         self, policy: Sequence[SourceTensor], send: Callable[[Piece], None], *, digest: bool = False
     ) -> Moved:
         self.touched, self._ahead = self._ahead, False
-        communicator = self._communicator
-        if communicator is None:
-            raise TransportError("NCCL: there is no communicator")
+        communicator = self.communicator
         by_index = {self._manifest.positions[source.name]: source for source in policy}
         outgoing = self._outgoing or self._chosen(policy)
         self._outgoing = outgoing
@@ -149,7 +177,7 @@ class NcclTransport(WeightTransport):
             self._leave()
             raise
         self._connected = True
-        return Moved(sum(window.nbytes for window in self._windows), digests.combine(parts))
+        return Moved(self.layout.nbytes, digests.combine(parts))
 
     def close(self) -> None:
         self._leave()
@@ -158,8 +186,7 @@ class NcclTransport(WeightTransport):
             outgoing.close()
 
     def _chosen(self, policy: Sequence[SourceTensor]) -> Outgoing:
-        kind = Mirror if mirrored(self._manifest, policy) else Buckets
-        return kind(self._manifest, self._placements, self._windows, self._sizes, self._device)
+        return self.layout.made(Mirror if mirrored(self._manifest, policy) else Buckets)
 
     def _leave(self) -> None:
         communicator, self._communicator = self._communicator, None

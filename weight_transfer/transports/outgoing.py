@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
 from weight_transfer.arena import Arena
 from weight_transfer.cuda.nccl import Communicator, Span
+from weight_transfer.cuda.several import Several
 from weight_transfer.digest import finish
 from weight_transfer.manifest import Manifest
 from weight_transfer.placement import Placement
@@ -41,7 +43,7 @@ class Outgoing(ABC):
         """Whether every tensor is in this memory by itself, so that `send` needs none of them."""
         return False
 
-    def start(self, communicator: Communicator, alive: Callable[[], None]) -> None:
+    def start(self, communicator: Communicator | Several, alive: Callable[[], None]) -> None:
         """Begin to send what `stands` here, before the other side may take it: `send` goes on with that."""
         return
 
@@ -49,7 +51,7 @@ class Outgoing(ABC):
     def send(
         self,
         policy: Mapping[int, SourceTensor],
-        communicator: Communicator,
+        communicator: Communicator | Several,
         alive: Callable[[], None],
         told: Callable[[list[int]], None] = lambda digests: None,
     ) -> list[int]:
@@ -89,9 +91,9 @@ class Mirror(Outgoing):
         self._spans = [_spans(window.runs, [arena.address for arena in arenas]) for window in windows]
         self._memory = SharedTransport(manifest, placements, arenas)
         self._reading = Reading(placements, arenas)
-        self._sent: tuple[list[torch.cuda.Event], Callable[[], list[int]]] | None = None
+        self._sent: tuple[list[Any], Callable[[], list[int]]] | None = None
 
-    def start(self, communicator: Communicator, alive: Callable[[], None]) -> None:
+    def start(self, communicator: Communicator | Several, alive: Callable[[], None]) -> None:
         written = communicator.mark()
         events = [communicator.broadcast(spans, _TRAINER, alive, written) for spans in self._spans]
         with communicator.beside():
@@ -101,7 +103,7 @@ class Mirror(Outgoing):
     def send(
         self,
         policy: Mapping[int, SourceTensor],
-        communicator: Communicator,
+        communicator: Communicator | Several,
         alive: Callable[[], None],
         told: Callable[[list[int]], None] = lambda digests: None,
     ) -> list[int]:
@@ -155,12 +157,12 @@ class Buckets(Outgoing):
     def send(
         self,
         policy: Mapping[int, SourceTensor],
-        communicator: Communicator,
+        communicator: Communicator | Several,
         alive: Callable[[], None],
         told: Callable[[list[int]], None] = lambda digests: None,
     ) -> list[int]:
         parts = [finish(0, 0)] * len(self._manifest)
-        events: list[torch.cuda.Event] = []
+        events: list[Any] = []
         for k, (spans, places) in enumerate(zip(self._spans, self._places, strict=True)):
             if k >= 2:
                 communicator.wait(events[k - 2])
