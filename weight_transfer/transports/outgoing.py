@@ -91,14 +91,14 @@ class Mirror(Outgoing):
         self._spans = [_spans(window.runs, [arena.address for arena in arenas]) for window in windows]
         self._memory = SharedTransport(manifest, placements, arenas)
         self._reading = Reading(placements, arenas)
-        self._sent: tuple[list[Any], Callable[[], list[int]]] | None = None
+        self._sent: tuple[list[Any], Callable[[], list[int]], torch.cuda.Event] | None = None
 
     def start(self, communicator: Communicator | Several, alive: Callable[[], None]) -> None:
         written = communicator.mark()
         events = [communicator.broadcast(spans, _TRAINER, alive, written) for spans in self._spans]
         with communicator.beside():
             communicator.follow(written)
-            self._sent = events, self._reading.later()
+            self._sent = events, self._reading.later(), written
 
     def send(
         self,
@@ -113,8 +113,9 @@ class Mirror(Outgoing):
             self.start(communicator, alive)
         sent, self._sent = self._sent, None
         assert sent is not None  # noqa: S101  for the type checker
-        events, found = sent
+        events, found, written = sent
         with communicator.beside():
+            communicator.follow(written)
             digests = found()  # long before the last window is there
         told(digests)
         for event in events:
