@@ -1,5 +1,5 @@
-"""Trainers' sessions: the handshake that checks a trainer's tensors and picks the transport, and the socket
-that passes the arenas' descriptors. Knows nothing of gRPC.
+"""Trainers' sessions: the handshake that checks a trainer's tensors and picks the transport, and who gets the arenas'
+descriptors. Knows nothing of gRPC.
 """
 
 from __future__ import annotations
@@ -7,22 +7,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-import os
 import secrets
-import shutil
 import socket
-import tempfile
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
 
 import structlog
 
 from inference_service.arenas import EngineArenas, Handle, HostArenas
+from inference_service.descriptor_socket import DescriptorSocket, departure
 from inference_service.device_arenas import DeviceArenas
 from inference_service.modes import Modes
+from inference_service.session import Session
 from inference_service.staging import MappedStaging
 from inference_service.trained import TrainedAdapter
 from inference_service.transports import NCCL, SHARED, STREAM, Way
@@ -37,61 +34,7 @@ from weight_transfer.windows import MIRROR_BYTES, WINDOW_BYTES
 log = structlog.get_logger(__name__)
 
 ATTACH_SECONDS = 4.0  # less than trainers wait for a session that another may have left behind
-TOKEN_SECONDS = 5.0
 MAX_STREAM_SESSIONS = 64
-MAX_SILENT = 64  # connections to the descriptor socket that have not said their token yet
-
-
-@dataclass(eq=False)
-class Session:
-    """A trainer's. A shared one lives as long as its processes and their connections to the descriptor socket."""
-
-    id: str
-    transport: str
-    reason: str  # why not a faster transport
-    tensors: tuple[TensorSpec, ...]
-    mode: str = ""  # of its updates: staged, in_place, or as each begin chooses
-    stage: MappedStaging | None = None  # what the trainer maps, where it is not the engine's memory
-    adapter: TrainedAdapter | None = None  # what its updates carry, if not the policy
-    window_bytes: int = 0  # of what comes by NCCL
-    token: bytes = b""
-    aliased: bool = False  # every parameter of the trainer may be the engine's memory
-    committed: bool = False  # it has committed an update: what can be aliased is
-    ranks: int = 1  # processes of the trainer that write together: each fetches the descriptors
-    joined: int = 0  # of them, those that have
-    here: int = 0  # and those that are still there
-    over: bool = False
-    _watchers: list[Callable[[str], None]] = field(default_factory=list)
-
-    @property
-    def attached(self) -> bool:
-        """The trainer has fetched the descriptors."""
-        return self.joined == self.ranks
-
-    @property
-    def alive(self) -> bool:
-        """Whether somebody may still write for it."""
-        return not self.over or self.here > 0
-
-    @contextlib.contextmanager
-    def watched(self, tell: Callable[[str], None]) -> Iterator[None]:
-        """Have `tell` called with the reason if the session ends meanwhile."""
-        self._watchers.append(tell)
-        try:
-            yield
-        finally:
-            self._watchers.remove(tell)
-
-    def broke_off(self, reason: str) -> None:
-        """Its update cannot go on, whatever the trainer does."""
-        for tell in list(self._watchers):
-            tell(reason)
-
-    def end(self, reason: str) -> None:
-        """It is over: those that are still there may write no more."""
-        self.over = True
-        for tell in list(self._watchers):
-            tell(reason)
 
 
 class Sessions:
@@ -105,41 +48,22 @@ class Sessions:
         self._arenas = arenas
         self._modes = modes or Modes(arenas)
         self._identity = ProcessIdentity.current(arenas.gpus)
-        self._uids = {os.geteuid(), *uids}
+        self._socket = DescriptorSocket(uids, self._attend)
         self._streams: OrderedDict[str, Session] = OrderedDict()
         self._shared: Session | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._silent: OrderedDict[socket.socket, None] = OrderedDict()
-        self._folder = ""
-        self._listener: socket.socket | None = None
 
     @property
     def path(self) -> str:
         """The descriptor socket."""
-        return os.path.join(self._folder, "descriptors.sock")
+        return self._socket.path
 
     async def start(self) -> None:
-        """Listen on the descriptor socket, in a folder that nobody else can enter unless `uids` may."""
-        self._folder = tempfile.mkdtemp(prefix="tandem-")
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        self._listener.bind(self.path)
-        if len(self._uids) > 1:
-            # The kernel tells who connects, and `_serve` asks.
-            os.chmod(self.path, 0o666)  # noqa: S103
-            os.chmod(self._folder, 0o711)  # noqa: S103
-        self._listener.listen(128)
-        self._spawn(self._accept(self._listener))
+        """Listen on the descriptor socket."""
+        self._socket.start()
 
     async def stop(self) -> None:
         """End every session and remove the socket."""
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        for connection in self._silent:  # whose tasks never began
-            connection.close()
-        if self._listener is not None:
-            self._listener.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        await self._socket.stop()
 
     def check(self, tensors: Sequence[TensorSpec]) -> None:
         """Compare a trainer's tensors with the engine's.
@@ -222,7 +146,7 @@ class Sessions:
         if chosen == SHARED:
             session.token = secrets.token_bytes(descriptors.TOKEN_BYTES)
             self._shared = session
-            self._spawn(self._expire(session))
+            self._socket.spawn(self._expire(session))
         else:
             self._streams[session.id] = session
             while len(self._streams) > MAX_STREAM_SESSIONS:
@@ -306,51 +230,26 @@ class Sessions:
             invitation=invitation,
         )
 
-    async def _accept(self, listener: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                connection, _ = await loop.sock_accept(listener)
-            except OSError:  # no descriptors left, or the caller has gone: others will come
-                log.exception("a connection could not be accepted")
-                await asyncio.sleep(0.1)
-                continue
-            connection.setblocking(False)
-            self._silent[connection] = None
-            if len(self._silent) > MAX_SILENT:
-                # A trainer speaks at once. The oldest that has not is none.
-                with contextlib.suppress(OSError):
-                    self._silent.popitem(last=False)[0].shutdown(socket.SHUT_RDWR)
-            self._spawn(self._serve(connection))
-            await asyncio.sleep(0)  # accepting never waits while callers queue: let this one say its token
-
-    async def _serve(self, connection: socket.socket) -> None:
-        with connection:
-            pid, uid = descriptors.peer(connection)
-            try:
-                token = await _token(connection) if uid in self._uids else b""
-            finally:
-                self._silent.pop(connection, None)
-            session = self._shared
-            fits = session is not None and hmac.compare_digest(token, session.token)
-            if session is None or session.attached or not fits:
-                log.warning(
-                    "descriptors refused", pid=pid, uid=uid, known_user=uid in self._uids, token_fits=fits
-                )
-                with contextlib.suppress(OSError):
-                    descriptors.refuse(connection)
-                return
-            session.joined += 1
-            session.here += 1
-            reason = "the service stopped"
-            try:
-                with contextlib.suppress(OSError):
-                    descriptors.send(connection, [handle.fd for handle in self.handles(session)])
-                    await _departure(connection, pid)
-                reason = f"the trainer (process {pid}) closed its session or died"
-            finally:
-                session.here -= 1
-                self._end(session, reason)
+    async def _attend(self, connection: socket.socket, pid: int, uid: int, token: bytes) -> None:
+        session = self._shared
+        fits = session is not None and hmac.compare_digest(token, session.token)
+        if session is None or session.attached or not fits:
+            known = self._socket.knows(uid)
+            log.warning("descriptors refused", pid=pid, uid=uid, known_user=known, token_fits=fits)
+            with contextlib.suppress(OSError):
+                descriptors.refuse(connection)
+            return
+        session.joined += 1
+        session.here += 1
+        reason = "the service stopped"
+        try:
+            with contextlib.suppress(OSError):
+                descriptors.send(connection, [handle.fd for handle in self.handles(session)])
+                await departure(connection, pid)
+            reason = f"the trainer (process {pid}) closed its session or died"
+        finally:
+            session.here -= 1
+            self._end(session, reason)
 
     async def _expire(self, session: Session) -> None:
         await asyncio.sleep(ATTACH_SECONDS)
@@ -367,43 +266,3 @@ class Sessions:
             self._shared = None
         log.info("session ended", session=session.id, reason=reason)
         session.end(reason)
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-
-async def _token(connection: socket.socket) -> bytes:
-    """What the caller says first: a token's length of bytes, or fewer if it stops before."""
-    loop = asyncio.get_running_loop()
-    token = b""
-    with contextlib.suppress(TimeoutError, OSError):
-        async with asyncio.timeout(TOKEN_SECONDS):
-            while len(token) < descriptors.TOKEN_BYTES and (
-                more := await loop.sock_recv(connection, descriptors.TOKEN_BYTES - len(token))
-            ):
-                token += more
-    return token
-
-
-async def _departure(connection: socket.socket, pid: int) -> None:
-    """Return once the other end closed the connection, or its process died.
-
-    The connection alone doesn't tell: a child that the trainer forked holds it too.
-    """
-    loop = asyncio.get_running_loop()
-    closed: asyncio.Future[Any] = asyncio.ensure_future(loop.sock_recv(connection, 1))  # nothing more is said
-    died: asyncio.Future[Any] = loop.create_future()
-    process = None
-    with contextlib.suppress(OSError):  # it is another PID namespace's, or gone
-        process = os.pidfd_open(pid)
-        loop.add_reader(process, died.cancel)
-    try:
-        await asyncio.wait({closed, died}, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        closed.cancel()
-        await asyncio.gather(closed, return_exceptions=True)
-        if process is not None:
-            loop.remove_reader(process)
-            os.close(process)

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from inference_service.arenas import HostArenas
-from inference_service.sessions import Session, Sessions
+from inference_service.session import Session
+from inference_service.sessions import Sessions
 from weight_transfer import descriptors
 from weight_transfer.arena import Arena
 from weight_transfer.identity import ProcessIdentity

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 from inference_service.host import Host
 from inference_service.policy import Policy
 from inference_service.servicers.engine import pause_mode
-from inference_service.sessions import Session
+from inference_service.session import Session
 from inference_service.trained import trained_adapter
 from inference_service.transports import NCCL, SHARED, STREAM
 from inference_service.update import Update

@@ -17,8 +17,9 @@ import pytest
 import structlog
 import torch
 
-from inference_service import sessions as sessions_module
-from inference_service.sessions import MAX_SILENT, SHARED
+from inference_service import descriptor_socket
+from inference_service.descriptor_socket import MAX_SILENT
+from inference_service.transports import SHARED
 from tandem.errors import NotFound, Reason
 from tests.session_sockets import (
     NOBODY,
@@ -122,7 +123,7 @@ async def test_whoever_has_no_token_gets_nothing(make: Make, words: bytes, then:
 
 
 async def test_silence_is_not_listened_to_for_long(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sessions_module, "TOKEN_SECONDS", 0.05)
+    monkeypatch.setattr(descriptor_socket, "TOKEN_SECONDS", 0.05)
     sessions = await make()
     session = shared(sessions)
     assert await asyncio.to_thread(say, sessions.path, session.token[:31]) == descriptors.REFUSED
@@ -232,7 +233,7 @@ async def test_a_crowd_that_says_nothing_does_not_keep_the_trainer_out(make: Mak
             await asyncio.sleep(0)
     fds, connection = await attach(sessions, session.token)
     close(fds)
-    assert len(sessions._silent) <= MAX_SILENT
+    assert len(sessions._socket._silent) <= MAX_SILENT
     for one in crowd:
         one.close()
     connection.close()

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from inference_service import sessions as sessions_module
-from inference_service.sessions import SHARED, STREAM, Session, Sessions
+from inference_service.session import Session
+from inference_service.sessions import Sessions
+from inference_service.transports import SHARED, STREAM
 from tandem.errors import FailedPrecondition, NotFound, Reason
 from tests.session_sockets import SPECS, Make, attach, close, ended, shared, started
 from weight_transfer.identity import ProcessIdentity

@@ -12,7 +12,9 @@ from collections.abc import AsyncIterator
 import pytest
 
 from inference_service import sessions as sessions_module
-from inference_service.sessions import MAX_STREAM_SESSIONS, SHARED, STREAM, Session, Sessions
+from inference_service.session import Session
+from inference_service.sessions import MAX_STREAM_SESSIONS, Sessions
+from inference_service.transports import SHARED, STREAM
 from tandem.errors import Aborted, FailedPrecondition, InvalidArgument, NotFound, Reason
 from tests.session_sockets import SPECS, Make, attach, close, ended, shared, started
 from weight_transfer.identity import ProcessIdentity
