@@ -78,17 +78,15 @@ class Learned:
 
 @contextlib.contextmanager
 def workplace(out: Path) -> Iterator[tuple[Processes, Path]]:
-    """Starts processes, with their logs in `out`, and has a folder for sockets. Of both, and of jobs, nothing stays."""
+    """Starts processes, with their logs in `out`, and has a folder for sockets and jobs. Of all three nothing stays."""
     out.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(out / "jobs", ignore_errors=True)  # of one that was killed
-    # Only ours, and short: a socket's path has a limit.
+    # Only ours, and short wherever `out` is: a socket's path has a limit, and jobs have sockets too.
     scratch = Path(tempfile.mkdtemp(prefix="tandem-demo-"))
     try:
         with Processes(out, ENVIRONMENT | {"TMPDIR": str(scratch)}) as processes:
             yield processes, scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        shutil.rmtree(out / "jobs", ignore_errors=True)
 
 
 def learn(run: Run, processes: Processes, scratch: Path, console: Console) -> Learned:
@@ -108,7 +106,7 @@ def learn(run: Run, processes: Processes, scratch: Path, console: Console) -> Le
                 processes,
                 addresses,
                 inference=_inference(run, table),
-                trainer={"folder": run.out.resolve() / "jobs"},
+                trainer={"folder": scratch / "jobs"},
             )
             pair.wait_until_serving(START_S)
         before, began_with = scored(client, tasks)
