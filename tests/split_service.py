@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,21 +66,19 @@ def split(model: nn.Module) -> tuple[IdleEngine, EngineArenas]:
 class Rank:
     """One of the run's ranks, as trainers make them: `sync` is TRL's call."""
 
-    def __init__(
-        self, address: str, model: nn.Module, model_of: Callable[[], nn.Module] | None = None
-    ) -> None:
-        self.accelerator = Accelerator(cpu=True)
+    def __init__(self, address: str, model: nn.Module, *, cpu: bool = True) -> None:
+        self.accelerator = Accelerator(cpu=cpu)
         self.number = self.accelerator.process_index
         assert self.accelerator.num_processes == 2
         self.client, self.model = InferenceClient(address), model
-        given = model_of or (lambda: model)
-        self.gathering = Gathering(self.accelerator, given, lambda: policy_tensors(given(), EVERYTHING))
-        self.together = Together(self.accelerator, self.gathering, given)
+        everything = partial(policy_tensors, model, EVERYTHING)
+        self.gathering = Gathering(self.accelerator, lambda: model, everything)
+        self.together = Together(self.accelerator, self.gathering, lambda: model)
         self.weights = None
         if self.number == 0:
             self.weights = PolicyWeights(
                 self.client,
-                given,
+                lambda: model,
                 transport="shared",
                 timeout_s=30,
                 led=self.gathering.led,

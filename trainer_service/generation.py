@@ -21,6 +21,7 @@ from tandem.errors import FailedPrecondition, Reason, TandemError, Unavailable, 
 from tandem.inference.v1 import inference_pb2 as pb
 from trainer_service._trl import VLLMGeneration
 from trainer_service.client import WRITABLE, Group, is_gone
+from trainer_service.ranks import OutOfStepError
 from trainer_service.reaching import Services, Weights, restore
 from trainer_service.sampling import sampling_params
 from trainer_service.seeds import Call, Numbering
@@ -113,6 +114,8 @@ class RemoteGeneration(VLLMGeneration):
                 with self.gathering.leading() if self.gathering is not None and together else nullcontext():
                     self.weights.sync()
                 version = self.weights.weight_version
+            except OutOfStepError:
+                raise
             except BaseException as raised:  # noqa: BLE001  raised again below, after the others were told
                 error, failure = raised, str(raised) or type(raised).__name__
         self._version, failure = self._told(version, failure)

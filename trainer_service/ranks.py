@@ -15,6 +15,10 @@ class OtherRankError(RuntimeError):
     """Another rank failed. The message says with what."""
 
 
+class OutOfStepError(RuntimeError):
+    """This rank has left a collective that others may be waiting in: with them it can do nothing more but end."""
+
+
 class Ranks:
     """The ranks of one run, and words among them: over gloo, whatever their tensors travel by, and with a deadline."""
 

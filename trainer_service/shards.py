@@ -18,6 +18,7 @@ from accelerate.utils import broadcast  # type: ignore[import-untyped]
 from torch import nn
 from torch.distributed.tensor import Shard
 
+from trainer_service.ranks import OutOfStepError
 from weight_transfer.transports import SourceTensor
 
 _END = -1
@@ -102,22 +103,31 @@ class Gathering:
 
     def needed(self) -> bool:
         """Whether the main process needs the others for the policy. The same on each."""
-        return self._accelerator.num_processes > 1 and (bool(self._orders) or self._spread())
+        return self._accelerator.num_processes > 1 and (bool(self._orders) or self.spread())
 
-    def _spread(self) -> bool:
+    def spread(self) -> bool:
+        """Whether the model is spread over ranks. The same on each."""
         return any(map(is_sharded, self._model().parameters()))
 
     @contextmanager
     def leading(self) -> Iterator[None]:
-        """While this lasts in the main process, what `led` lists can be read. The others must `follow`."""
-        if self._spread():
+        """While this lasts in the main process, what `led` lists can be read. The others must `follow`.
+
+        Begins once all are there, so that the engine does not stand still for one that comes late.
+        """
+        self._accelerator.wait_for_everyone()
+        if self.spread():
             self._places = {source.name: place for place, source in enumerate(self._policy())}
-        self.leads = True
+        self.leads, in_step = True, True
         try:
             yield
+        except OutOfStepError:
+            in_step = False
+            raise
         finally:
             self._places, self.leads = {}, False
-            self._tell(_END)
+            if in_step:
+                self._tell(_END)
 
     def order(self, number: int) -> None:
         """In the main process, while it leads: have the others do what they obey by that number."""
@@ -142,8 +152,12 @@ class Gathering:
 
         Returns:
             What went wrong here in the last thing that it ordered, of which it was told.
+
+        Raises:
+            OutOfStepError: this rank cannot follow any more.
         """
-        policy = self._policy() if self._spread() else []
+        self._accelerator.wait_for_everyone()
+        policy = self._policy() if self.spread() else []
         failed: Exception | None = None
         while (said := self._tell(_END)) != _END:
             if said >= 0:
@@ -152,6 +166,8 @@ class Gathering:
             try:
                 failed = None
                 self._orders[said]()
+            except OutOfStepError:
+                raise
             except Exception as error:  # noqa: BLE001  returned
                 failed = error
         return failed

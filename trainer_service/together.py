@@ -17,7 +17,7 @@ from torch import nn
 from tandem.errors import FailedPrecondition, Reason
 from tandem.weights.v1 import weights_pb2 as pb
 from trainer_service.listing import Listing
-from trainer_service.ranks import Ranks, raise_for, told
+from trainer_service.ranks import OutOfStepError, Ranks, raise_for, told
 from trainer_service.session import handshake_of, identity_of, manifest_of
 from trainer_service.shards import Gathering, elements_by_rank
 from weight_transfer import digest as digests
@@ -56,6 +56,7 @@ class Together:
         self.identities = [
             pb.ProcessIdentity.FromString(said) for said in self._ranks.gather(mine.SerializeToString())
         ]
+        self.touched = False  # some rank may have written in the last update
         self._shared: _Shared | None = None
         gathering.obey({JOIN: self._join, WRITE: self._write})
 
@@ -112,19 +113,20 @@ class Together:
         return self._write()
 
     def _write(self) -> Moved:
-        shared = self._shared
+        shared, self.touched = self._shared, False
         error: Exception | None = None
-        sources: dict[str, SourceTensor] = {}
+        here: dict[str, Value] = {}
+        missing: list[SourceTensor] = []
         try:
             if shared is None:
                 raise RuntimeError("this rank has no part of the engine's memory")
-            listed = self._listing.policy(self._model(), [spec.name for spec in shared.manifest])
-            sources = {source.name: source for source in listed}
+            here, missing = shared.listed(self._listing.policy(self._model(), shared.names))
         except Exception as raised:  # noqa: BLE001
             error = raised
         self._ranks.agree(error)  # before anybody waits for a tensor
         assert shared is not None  # noqa: S101  for the type checker
-        sums, error = self._write_all(shared, sources)
+        self.touched = True
+        sums, error = self._write_all(shared, here, missing)
         said = self._ranks.gather(shared.packed(sums) + (b"" if error is None else told(error)))
         if error is not None:
             raise error
@@ -132,9 +134,13 @@ class Together:
         return Moved(shared.manifest.nbytes, shared.digest(said))
 
     def _write_all(
-        self, shared: _Shared, sources: dict[str, SourceTensor]
+        self, shared: _Shared, here: dict[str, Value], missing: list[SourceTensor]
     ) -> tuple[dict[str, int], Exception | None]:
-        """Write everything, and go on reading with the others where a write fails, for they wait for that."""
+        """Write everything. Where that fails, go on reading with the others, who wait for it.
+
+        Raises:
+            OutOfStepError: a tensor could not be gathered.
+        """
         sums: dict[str, int] = {}
         failed: list[Exception] = []
 
@@ -145,16 +151,21 @@ class Together:
             except Exception as raised:  # noqa: BLE001
                 failed.append(raised)
 
-        here = {name: value for name, source in sources.items() if (value := shared.here(source)) is not None}
         write(here)
-        try:
-            for spec in shared.manifest:  # in an order that all have
-                if spec.name not in here:
-                    # One by one: no more fresh memory is held than a tensor's.
-                    write({spec.name: (sources[spec.name].read().detach(), 0)})
-        except BaseException:
-            self.leave()  # the others may wait for this tensor: that the session is over ends the update now
-            raise
+        spread = self._gathering.spread()
+        for source in missing:
+            try:
+                value = source.read().detach()
+            except Exception as raised:
+                failed.append(raised)
+                if spread:
+                    self.leave()  # ends the update now: the others may wait for this tensor
+                    raise OutOfStepError(
+                        f"{source.name} could not be gathered: {told(raised).decode()}"
+                    ) from raised
+            else:
+                # One by one: no more fresh memory is held than a tensor's.
+                write({source.name: (value, 0)})
         try:
             shared.part.synchronize()
         except Exception as raised:  # noqa: BLE001
@@ -187,6 +198,7 @@ class _Shared:
         mine: int,
     ) -> None:
         self.manifest = manifest
+        self.names = [spec.name for spec in manifest]
         handshake = handshake_of("shared", opened, manifest, [tensor.name for tensor in asked.tensors])
         writers = [writer_of(arena, identities) for arena in opened.shared.arenas]
         self._placements = {placement.spec.name: placement for placement in handshake.placements}
@@ -196,8 +208,13 @@ class _Shared:
         self._mine = mine
         self.part = Part.connect(handshake, [i for i, rank in enumerate(writers) if rank == mine], _CONNECT_S)
 
-    def here(self, source: SourceTensor) -> Value | None:
-        """What this rank writes its blocks from, if every rank has that already; None if it is gathered or merged."""
+    def listed(self, policy: Sequence[SourceTensor]) -> tuple[dict[str, Value], list[SourceTensor]]:
+        """What every rank writes its blocks from, since it has that; and what is gathered or merged, in one order."""
+        sources = {source.name: source for source in policy}
+        here = {name: value for name in self.names if (value := self._here(sources[name])) is not None}
+        return here, [sources[name] for name in self.names if name not in here]
+
+    def _here(self, source: SourceTensor) -> Value | None:
         if source.parameter is not None:
             return source.parameter, 0
         if source.shard is None or source.name in self._whole:
@@ -256,8 +273,11 @@ class _Led(WeightTransport):
     def move(
         self, policy: Sequence[SourceTensor], send: Callable[[Piece], None], *, digest: bool = False
     ) -> Moved:
-        self.touched = True  # by whichever rank
-        return self._together.write()
+        self.touched = False
+        try:
+            return self._together.write()
+        finally:
+            self.touched = self._together.touched
 
     def digest(self, policy: Sequence[SourceTensor]) -> int:
         return self._together.digest(policy)

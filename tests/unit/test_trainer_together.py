@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -125,8 +126,12 @@ FAILS = """
     import os, signal, sys, time
     import torch
     from tests.split_service import Rank, network
+    from weight_transfer.transports.part import Part
 
     rank = Rank(sys.argv[1], network())
+
+    def no_memory(*_):
+        raise OSError("no memory")
 
     def fail(values):
         if where == "half":
@@ -157,7 +162,9 @@ FAILS = """
         else:
             assert type(error).__name__ == "OtherRankError", repr(error)
             assert str(error) == f"ZeroDivisionError: no such weights (rank {who})", error
-        assert rank.state().state == 4 and "no such weights" in rank.state().reason
+        state = rank.state()  # torn, unless no rank had begun to write
+        assert (state.state, bool(state.reason)) == ((1, False) if where == "listing" else (4, True)), state
+        assert where == "listing" or "no such weights" in state.reason
         rank.accelerator.wait_for_everyone()
         part.__dict__.pop("write", None)
         rank.together._listing.__dict__.pop("policy", None)
@@ -165,6 +172,38 @@ FAILS = """
         assert rank.digest() == rank.policys_digest() and rank.state().state == 1
         rank.accelerator.wait_for_everyone()
         print("FAILED", where, who, flush=True)
+
+    def refused(rank_0, rank_1):
+        try:
+            rank.sync()
+        except Exception as error:
+            assert (rank_0, rank_1)[rank.number] in repr(error), repr(error)
+            found = error
+        else:
+            raise AssertionError("a session was opened")
+        assert rank.state().state == 1, "nothing was written"
+        rank.accelerator.wait_for_everyone()
+        return found
+
+    # A rank that cannot map its memory.
+    if rank.number == 0:
+        rank.weights.detach()
+    rank.accelerator.wait_for_everyone()
+    connect = Part.__dict__["connect"]
+    if rank.number == 1:
+        Part.connect = no_memory
+    error = refused("could not be opened: OSError: no memory (rank 1)", "OSError('no memory')")
+    Part.connect = connect
+    # And one in a container of its own.
+    if rank.number == 0:
+        rank.together.identities[1].pid_namespace += 1
+    error = refused("members[0].pid_namespace: the two processes are in different PID namespaces", "could not sync")
+    if rank.number == 0:
+        assert [violation.field for violation in error.violations] == ["members[0].pid_namespace"]
+        rank.together.identities[1].pid_namespace -= 1
+    rank.sync()
+    assert rank.digest() == rank.policys_digest()
+    rank.accelerator.wait_for_everyone()
 
     # The others are at work elsewhere: the main process says so, and waits for nobody.
     if rank.number == 0:
@@ -192,39 +231,105 @@ def test_a_rank_that_fails_tears_the_engine_and_all_say_why(address: str) -> Non
             assert output.count("FAILED") == 6
 
 
-DIES = """
-    import os, signal, sys, time
+LIVES = """
+    import sys, time
+    from pathlib import Path
     import torch
     from tests.split_service import Rank, network
 
+    folder = Path(sys.argv[2])
     rank = Rank(sys.argv[1], network())
     rank.sync()
+    life = rank.client.get_model().engine_id
+    rank.accelerator.wait_for_everyone()
+    (folder / f"synced{rank.number}").touch()
+    while not (folder / "restarted").exists():
+        time.sleep(0.02)
+    assert rank.client.get_model().engine_id != life
+    for version in (2, 3):  # the very weights keep their number
+        rank.sync()
+        assert rank.generation.weight_version == rank.state().weight_version == version
+        assert rank.digest() == rank.policys_digest()
+        with torch.no_grad():
+            for parameter in rank.model.parameters():
+                parameter.add_(1)
+    rank.accelerator.wait_for_everyone()
+    rank.close()
+    torch.distributed.destroy_process_group()
+"""
+
+
+def test_an_engine_that_was_started_again_is_given_everything(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="tdm") as folder:
+        service = WeightService(f"unix://{folder}/s", 2.0, network, split)
+        service.start()
+        try:
+            with two_ranks(*of_script(LIVES, service.address, tmp_path), **ON_CPU) as ranks:
+                end = time.monotonic() + 120
+                while not all((tmp_path / f"synced{rank}").exists() for rank in range(2)):
+                    assert time.monotonic() < end
+                    assert [rank.poll() for rank in ranks] == [None, None]
+                    time.sleep(0.05)
+                service.kill()
+                service.start()
+                with closing(InferenceClient(service.address)) as client:
+                    client.wait_until_serving(30)
+                (tmp_path / "restarted").touch()
+                succeeded(ranks)
+        finally:
+            service.kill()
+
+
+DIES = """
+    import os, signal, sys, time
+    from dataclasses import replace
+    import torch
+    from torch.distributed import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from tests.split_service import Rank, network
+
+    address, how = sys.argv[1:]
+    model = network()
+    if how == "cannot gather":
+        mesh = init_device_mesh("cpu", (2,))
+        fully_shard(model, mesh=mesh)
+    rank = Rank(address, model)
+    rank.sync()
     part = rank.together._shared.part
-    write = part.write
+    write, listing = part.write, rank.together._listing.policy
+
+    def fails():
+        print("DIES", flush=True)
+        raise MemoryError("no room")
+
+    def listed(*arguments):
+        return [replace(s, read=fails) if s.name == "1.weight" else s for s in listing(*arguments)]
 
     def dies(values):
         write(dict(list(values.items())[:2]))
         print("DIES", flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    if rank.number == 1:
+    if rank.number == 1 and how == "killed":
         part.write = dies
+    elif rank.number == 1:
+        rank.together._listing.policy = listed
     began = time.monotonic()
     try:
         rank.sync()
     except Exception as error:
-        print("RAISED", type(error).__name__, time.monotonic() - began, flush=True)
+        print("RAISED", type(error).__name__, error, time.monotonic() - began, flush=True)
         os._exit(0)  # the libraries' own ends would wait for the other
 """
 
 
-def test_a_rank_that_is_killed_as_it_writes_tears_the_engine_at_once(address: str) -> None:
+@pytest.mark.parametrize("how", ["killed", "cannot gather"])
+def test_a_rank_that_goes_as_it_writes_tears_the_engine_at_once(address: str, how: str) -> None:
     with closing(InferenceClient(address)) as client:
-        with two_ranks(*of_script(DIES, address), **ON_CPU) as ranks:
+        with two_ranks(*of_script(DIES, address, how), **ON_CPU) as ranks:
             assert ranks[1].stdout is not None
             while "DIES" not in ranks[1].stdout.readline():
                 assert ranks[1].poll() is None
-            assert ranks[1].wait(5) == -signal.SIGKILL
             died = time.monotonic()
             while (state := now(client)).state != pb.WEIGHT_STATE_TORN:
                 assert time.monotonic() - died < 1
@@ -233,6 +338,11 @@ def test_a_rank_that_is_killed_as_it_writes_tears_the_engine_at_once(address: st
             assert state.weight_version == 2
             output, _ = ranks[0].communicate(timeout=20)
             assert (ranks[0].returncode, "RAISED" in output) == (0, True), output
-            ranks[1].stdout.close()
+            said = ranks[1].communicate(timeout=5)[0]
+            assert ranks[1].returncode == (-signal.SIGKILL if how == "killed" else 0)
+            gathering = "RAISED OutOfStepError 1.weight could not be gathered: MemoryError: no room"
+            assert how == "killed" or gathering in said
+        if how != "killed":
+            return
         with two_ranks(*of_script(WRITES, address), **ON_CPU) as ranks:  # a new run heals it
             succeeded(ranks)
