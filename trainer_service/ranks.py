@@ -9,6 +9,8 @@ import torch.distributed as dist
 
 #: Within which every rank must have said what all wait for.
 ANSWER_S = 120.0
+#: Within which the main process must have said what comes next: it may be waiting for an engine.
+ORDER_S = 1800.0
 
 
 class OtherRankError(RuntimeError):
@@ -20,13 +22,20 @@ class OutOfStepError(RuntimeError):
 
 
 class Ranks:
-    """The ranks of one run, and words among them: over gloo, whatever their tensors travel by, and with a deadline."""
+    """The ranks of one run, and words among them, each wait with a deadline.
+
+    They go over gloo, whatever the run's tensors travel by: who waits in NCCL keeps a GPU busy that engines may share.
+    """
 
     def __init__(self, wait_s: float = ANSWER_S) -> None:
-        """Every rank must call this, in a run that torch.distributed knows."""
+        """Every rank must call this, in a run that torch.distributed knows. wait_s: the deadline."""
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=wait_s))
         self.count = dist.get_world_size()
         self.mine = dist.get_rank()
+
+    def meet(self) -> None:
+        """Return once all are here. Every rank must call this."""
+        dist.barrier(self._group)
 
     def tell(self, data: bytes = b"") -> bytes:
         """What the main process says. Every rank must call this."""
@@ -70,7 +79,7 @@ def raise_for(failures: list[bytes]) -> None:
 
 
 def _bytes(data: bytes, length: int) -> torch.Tensor:
-    padded = data.ljust(length, b"\0")
+    padded = data[:length].ljust(length, b"\0")
     return (
         torch.frombuffer(bytearray(padded), dtype=torch.uint8)
         if length

@@ -18,7 +18,7 @@ from accelerate.utils import broadcast  # type: ignore[import-untyped]
 from torch import nn
 from torch.distributed.tensor import Shard
 
-from trainer_service.ranks import OutOfStepError
+from trainer_service.ranks import OutOfStepError, Ranks
 from weight_transfer.transports import SourceTensor
 
 _END = -1
@@ -95,11 +95,12 @@ class Gathering:
         self._policy = policy
         self._places: dict[str, int] = {}
         self._orders: Mapping[int, Callable[[], object]] = {}
+        self._ranks: Ranks | None = None
         self.leads = False  # this is the main process, and the others follow
 
-    def obey(self, orders: Mapping[int, Callable[[], object]]) -> None:
-        """From now on `follow` carries out these, by number below -1, with whoever leads."""
-        self._orders = orders
+    def obey(self, orders: Mapping[int, Callable[[], object]], ranks: Ranks) -> None:
+        """From now on `follow` carries out these, by number below -1. What is said goes by `ranks`."""
+        self._orders, self._ranks = orders, ranks
 
     def needed(self) -> bool:
         """Whether the main process needs the others for the policy. The same on each."""
@@ -115,7 +116,7 @@ class Gathering:
 
         Begins once all are there, so that the engine does not stand still for one that comes late.
         """
-        self._accelerator.wait_for_everyone()
+        self._meet()
         if self.spread():
             self._places = {source.name: place for place, source in enumerate(self._policy())}
         self.leads, in_step = True, True
@@ -156,7 +157,7 @@ class Gathering:
         Raises:
             OutOfStepError: this rank cannot follow any more.
         """
-        self._accelerator.wait_for_everyone()
+        self._meet()
         policy = self._policy() if self.spread() else []
         failed: Exception | None = None
         while (said := self._tell(_END)) != _END:
@@ -172,7 +173,16 @@ class Gathering:
                 failed = error
         return failed
 
+    def _meet(self) -> None:
+        if self._ranks is None:
+            self._accelerator.wait_for_everyone()
+        else:
+            self._ranks.meet()
+
     def _tell(self, place: int) -> int:
         """What the main process says."""
+        if self._ranks is not None:
+            said = self._ranks.tell(place.to_bytes(8, "little", signed=True))
+            return int.from_bytes(said, "little", signed=True)
         told = torch.tensor(place, dtype=torch.int64, device=self._accelerator.device)
         return int(broadcast(told, from_process=0).item())

@@ -17,7 +17,7 @@ from torch import nn
 from tandem.errors import FailedPrecondition, Reason
 from tandem.weights.v1 import weights_pb2 as pb
 from trainer_service.listing import Listing
-from trainer_service.ranks import OutOfStepError, Ranks, raise_for, told
+from trainer_service.ranks import ORDER_S, OutOfStepError, Ranks, raise_for, told
 from trainer_service.session import handshake_of, identity_of, manifest_of
 from trainer_service.shards import Gathering, elements_by_rank
 from weight_transfer import digest as digests
@@ -58,7 +58,7 @@ class Together:
         ]
         self.touched = False  # some rank may have written in the last update
         self._shared: _Shared | None = None
-        gathering.obey({JOIN: self._join, WRITE: self._write})
+        gathering.obey({JOIN: self._join, WRITE: self._write}, Ranks(ORDER_S))
 
     def join(
         self, request: pb.OpenSessionRequest, manifest: pb.Manifest, answer: pb.OpenSessionResponse
