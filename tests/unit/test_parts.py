@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,13 @@ from weight_transfer import parts as parts_module
 from weight_transfer.arena import Arena
 from weight_transfer.cuda import digest as cuda_digest
 from weight_transfer.cuda import kernels
+from weight_transfer.cuda import write as cuda_write
 from weight_transfer.digest import digest_tensor, finish
 from weight_transfer.manifest import TensorSpec
 from weight_transfer.parts import PartSums, first_of_each, made_up, sum_of, why_not_summed
 from weight_transfer.placement import Block, Placement, check, contiguous_strides
 from weight_transfer.reading import Reading, part_sums
+from weight_transfer.write import write_parts
 
 DTYPES = {"bfloat16": 2, "float32": 4, "float64": 8, "int8": 1}
 
@@ -176,3 +179,40 @@ def test_the_devices_sums_are_the_hosts(tmp_path: Path, monkeypatch: pytest.Monk
     found = cuda_digest.Sums(rows, owners, len(wanted), torch.device("cpu"))()
     assert [total % 2**64 for total in found.tolist()] == wanted
     assert len(set(wanted)) == len(wanted)
+
+
+def of_rank(placement: Placement, rank: int, first: int = 0) -> Placement:
+    """A rank's blocks, to be written from its shard, which begins at `first`."""
+    blocks = (replace(block, arena=0) for block in placement.blocks if block.arena == rank)
+    return Placement(placement.spec, tuple(blocks), first)
+
+
+def test_the_device_writes_and_counts_a_ranks_part_as_the_host_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows, columns, what the kernel cannot take, and rows out of a shard of them: `first` is where that begins."""
+    library = compiled(tmp_path, "write", SOURCE="float", TARGET="bf16", TILE="(1ULL<<15)")
+    monkeypatch.setattr(kernels, "kernel", lambda *_, **__: None)
+    monkeypatch.setattr(kernels, "launch", host_launch(library))
+    for shape, axis, edges, pads in [
+        ((64, 48), 0, [0, 32, 64], [0]),
+        ((64, 48), 1, [0, 16, 48], [8]),
+        ((6, 20), 1, [0, 8, 20], [0]),
+        ((64, 48), 0, [0, 40, 64], [1]),
+    ]:
+        spec = TensorSpec("t", "bfloat16", shape)
+        placement, sizes = placed(spec, axis, edges, pads)
+        whole = torch.randn(shape)
+        total = 0
+        for rank in range(2):
+            mine, theirs = (Arena.create("part", sizes[rank].size + 256) for _ in range(2))
+            firsts = [0] if axis else [0, edges[rank] * shape[1]]
+            for first in firsts:
+                part, shard = of_rank(placement, rank, first), whole.view(-1)[first:].clone()
+                if not first:
+                    shard = shard.view(shape)
+                found = cuda_write.write_parts([(part, shard)], [mine])
+                assert found == write_parts([(part, shard)], [theirs])
+                assert torch.equal(*(a.tensor(0, (a.size,), torch.uint8) for a in (mine, theirs)))
+            total += found[0]
+        assert finish(total, spec.nbytes) == digest_tensor(whole.bfloat16())
