@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -72,6 +73,41 @@ LAYOUTS = {
     "odd": ((33, 7), whole((33, 7))),
     "empty": ((0, 8), whole((0, 8))),
 }
+
+
+PARTS = {
+    "rows": ((64, 96), Block(0, 256, (96, 1), 32 * 96, (96, 1), (32, 96))),
+    "columns": ((64, 96), Block(0, 512, (48, 1), 48, (96, 1), (64, 48))),
+    "odd": ((33, 14), Block(0, 0, (7, 1), 7, (14, 1), (33, 7))),
+    "all": ((512,), Block(0, 64, (1,), 0, (1,), (512,))),
+}
+
+
+def test_what_a_worker_has_of_a_tensor_is_scattered_again_and_again(
+    build: Callable[..., ctypes.CDLL], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = build("write", SOURCE="bf16", TARGET="bf16", TILE="(1ULL<<15)")
+    monkeypatch.setattr(kernels, "kernel", lambda *_, **__: None)
+    monkeypatch.setattr(kernels, "launch", host_launch(library))
+    arenas = [Arena.create("test", 1 << 16) for _ in PARTS]
+    items = [
+        (
+            Placement(TensorSpec(name, "bfloat16", shape), (replace(block, arena=i),)),
+            torch.zeros(shape, dtype=torch.bfloat16),
+        )
+        for i, (name, (shape, block)) in enumerate(PARTS.items())
+    ]
+    scatter = cuda_write.scattering(items, arenas)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        for _, tensor in items:
+            tensor.copy_(torch.randn(tensor.shape))
+        scatter()
+        for (placement, tensor), arena in zip(items, arenas, strict=True):
+            ((part, place),) = placement.pairs(arenas, tensor)
+            assert torch.equal(place, part), placement.spec.name
+            assert int(arena.tensor(0, (arena.size,), torch.uint8).count_nonzero()) <= part.nbytes
+    assert cuda_write.scattering([], arenas)() is None  # type: ignore[func-returns-value]
 
 
 @pytest.mark.parametrize("target", FLOATS, ids=str)
