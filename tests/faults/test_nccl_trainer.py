@@ -229,7 +229,9 @@ def test_a_begin_that_does_not_fit_changes_nothing(
 
 @MODES
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGSTOP], ids=["kill", "stop"])
-@pytest.mark.parametrize("where", ["joining", "before any byte", "between two windows", "commit sent"])
+@pytest.mark.parametrize(
+    "where", ["joining", "gone ahead", "before any byte", "between two windows", "commit sent"]
+)
 def test_a_trainer_that_goes_away_leaves_the_old_version_or_nothing(
     service: WeightService, client: InferenceClient, trainer: Any, mode: str, kind: signal.Signals, where: str
 ) -> None:

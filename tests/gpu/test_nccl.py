@@ -130,6 +130,7 @@ import sys, time, torch
 from transformers import AutoModelForCausalLM
 from trainer_service.client import InferenceClient
 from trainer_service.weights import PolicyWeights
+from trainer_service.lease import Lease
 from weight_transfer.cuda import nccl
 address, path, mode, where = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).to("cuda:1")
@@ -141,10 +142,19 @@ def stop(*_):
 if where == "joining":
     weights._session.transport._leave()
     nccl._core.Communicator = stop
+if where == "ahead":
+    transport = weights._session.transport
+    ahead = transport.ahead
+    def sent():
+        ahead()
+        time.sleep(0.5)
+        stop()
+    transport.ahead = sent
 if where == "ready":
+    weights._session.transport._connected = False  # nothing goes ahead
     nccl.Communicator.broadcast = stop
 if where == "sending":
-    nccl.Communicator.wait = stop
+    Lease.send = stop  # all is on its way, and the commit is not
 for parameter in model.parameters():
     parameter.data.add_(1)
 weights.sync()
@@ -181,7 +191,7 @@ def until(done: Callable[[], bool], seconds: float) -> float:
 
 @MODES
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGSTOP], ids=["kill", "stop"])
-@pytest.mark.parametrize("where", ["joining", "ready", "sending"])
+@pytest.mark.parametrize("where", ["joining", "ahead", "ready", "sending"])
 def test_a_trainer_that_goes_away_leaves_the_old_version_or_nothing(
     service: Service, policy: Any, checkpoint: Path, mode: str, kind: signal.Signals, where: str
 ) -> None:
