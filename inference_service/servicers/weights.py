@@ -225,7 +225,6 @@ class _Trainer:
         self._messages = aiter(messages)
         self._timeout = timeout
         self._coming: asyncio.Future[Any] | None = None
-        self._kept: pb.UpdateWeightsRequest | None = None
         self._gone: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
     @property
@@ -243,15 +242,21 @@ class _Trainer:
         Raises:
             Aborted: LEASE_LOST, the trainer was silent for too long, ended the stream, or closed its session.
         """
-        kept, self._kept = self._kept, None
-        if kept is not None:
-            return kept
+        message = await self._next()
+        assert message is not None  # noqa: S101  for the type checker
+        return message
+
+    async def _next(self, until: asyncio.Future[Any] | None = None) -> pb.UpdateWeightsRequest | None:
+        """The next message; None once `until` is done, where the message is the next call's. Raises as `next`."""
+        others = {self._gone} if until is None else {self._gone, until}
         # In ticks: a loop that was stalled itself may not blame the trainer for the time.
         for _ in range(_TICKS):
             coming = self._coming = self._coming or asyncio.ensure_future(anext(self._messages, None))
             await asyncio.wait(
-                {coming, self._gone}, timeout=self._timeout / _TICKS, return_when=asyncio.FIRST_COMPLETED
+                {coming, *others}, timeout=self._timeout / _TICKS, return_when=asyncio.FIRST_COMPLETED
             )
+            if until is not None and until.done():
+                return None
             if coming.done() and (message := coming.result()) is not None:
                 self._coming = None
                 return cast(pb.UpdateWeightsRequest, message)
@@ -267,17 +272,10 @@ class _Trainer:
         """
         working = asyncio.ensure_future(work)
         try:
-            while not working.done():
-                hearing = asyncio.ensure_future(self.next())
-                await asyncio.wait({working, hearing}, return_when=asyncio.FIRST_COMPLETED)
-                if working.done():  # what was coming, or went wrong, comes with the next `next`
-                    hearing.cancel()
-                    await asyncio.wait({hearing})
-                    if not hearing.cancelled() and hearing.exception() is None:
-                        self._kept = hearing.result()
-                elif (step := hearing.result().WhichOneof("step")) == "abort":
-                    raise Aborted(Reason.LEASE_LOST, hearing.result().abort.reason or "the trainer gave up")
-                elif step != "heartbeat":
+            while (message := await self._next(working)) is not None:
+                if (step := message.WhichOneof("step")) == "abort":
+                    raise Aborted(Reason.LEASE_LOST, message.abort.reason or "the trainer gave up")
+                if step != "heartbeat":
                     what = f"{step or 'an empty step'} while the service has to answer"
                     raise FailedPrecondition(Reason.UPDATE_ORDER, what)
             return working.result()
