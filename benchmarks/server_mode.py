@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.colocate import digest_of, keep, make, served_digest
 from benchmarks.colocate_peers import SIZES
 from benchmarks.measure import ROUNDS, WARM_UPS, percentiles, provenance
+from benchmarks.server_sparse import changes, passes
 from benchmarks.workload import Workload
 from tests.services import Service, inference_service
 from trainer_service.client import InferenceClient
@@ -59,6 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.server_mode")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--alone", action="store_true", help="without the peers")
+    parser.add_argument("--sparse-peer", action="store_true", help="with vLLM's sparse_nccl, one engine more")
     parser.add_argument("--eager", action="store_true", help="without torch.compile and CUDA graphs")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/server.json"))
     options = parser.parse_args()
@@ -77,9 +79,19 @@ def main() -> None:
             if options.alone
             else {size: stack.enter_context(vllm_serve(models[size], folder / size)) for size in models}
         )
+        sparse = (
+            {
+                size: stack.enter_context(
+                    vllm_serve(models[size], folder / f"{size}-s", backend="sparse_nccl")
+                )
+                for size in models
+            }
+            if options.sparse_peer
+            else {}
+        )
         for service in ours.values():
             service.wait_until("SERVING", START_S)
-        for peer in theirs.values():
+        for peer in (*theirs.values(), *sparse.values()):
             peer.wait()
         found["start_s"] = time.perf_counter() - begin
         for size, model in models.items():
@@ -88,6 +100,8 @@ def main() -> None:
             keep(found, options.out)
             if size in theirs:
                 found[size]["trl"] = theirs[size].measure(model)
+            if size in sparse:
+                found[size]["vllm_sparse_nccl"] = sparse[size].measure(model, "sparse")
             found[size]["ratios"] = ratios(found[size])
             keep(found, options.out)
             print(size, json.dumps(found[size]), flush=True)
@@ -130,6 +144,15 @@ def syncs(service: Service, path: Path) -> dict[str, Any]:
                     values = [parameter.detach() for parameter in policy.parameters()]
                     found["digest_alone_ms"] = digest_ms(values)
                     found["raw_broadcast"] = raw(sum(value.nbytes for value in values))
+        found["sparse"] = {}
+        for mode in ("in_place", "staged"):
+            with trainer(client, path, torch.bfloat16, mode, sparse=True) as (policy, weights):
+                found["sparse"][mode] = changes(policy, weights)
+                found["bit_equal"] &= digest_of(policy, service) == served_digest(service)
+                if mode == "staged":
+                    found["sparse"]["passes"] = passes(policy, weights)
+                    nbytes = found["sparse"]["in_place"]["0.01"]["nbytes"]
+                    found["sparse"]["raw_broadcast"] = raw(nbytes)
         with trainer(client, path, torch.float32, "in_place") as (policy, weights):
             weights.sync()
             found["in_place_fp32"] = rounds(weights)
@@ -139,12 +162,12 @@ def syncs(service: Service, path: Path) -> dict[str, Any]:
 
 @contextmanager
 def trainer(
-    client: InferenceClient, path: Path, dtype: torch.dtype, mode: str
+    client: InferenceClient, path: Path, dtype: torch.dtype, mode: str, *, sparse: bool = False
 ) -> Iterator[tuple[Any, PolicyWeights]]:
     """A policy on the second GPU, and its way to the engine."""
     policy: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     policy.to(DEVICE)
-    weights = PolicyWeights(client, lambda: policy, transport="nccl", mode=mode)
+    weights = PolicyWeights(client, lambda: policy, transport="nccl", mode=mode, sparse=sparse)
     try:
         yield policy, weights
     finally:
@@ -261,9 +284,10 @@ class Served:
                 return
             time.sleep(0.5)
 
-    def measure(self, model: Path) -> dict[str, Any]:
-        """What TRL's client needs, in a process that has the second GPU alone; or how it failed."""
-        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.server_peer", str(self.port), str(model)]
+    def measure(self, model: Path, way: str = "dense") -> dict[str, Any]:
+        """What its client needs, in a process that has the second GPU alone; or how it failed."""
+        peer = ["-m", "benchmarks.server_peer", str(self.port), str(model), way]
+        command = [sys.executable, "-W", "ignore", *peer]
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(TRAINER_GPU)}
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=240, env=environment, check=False
@@ -275,14 +299,16 @@ class Served:
 
 
 @contextmanager
-def vllm_serve(model: Path, folder: Path, settings: dict[str, Any] = ENGINE) -> Iterator[Served]:
+def vllm_serve(
+    model: Path, folder: Path, settings: dict[str, Any] = ENGINE, backend: str = "nccl"
+) -> Iterator[Served]:
     """`vllm serve` on the first GPU, as TRL starts it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     flags = [
         "--weight-transfer-config",
-        json.dumps({"backend": "nccl"}),
+        json.dumps({"backend": backend}),
         "--port",
         str(port),
         "--host",
@@ -320,6 +346,11 @@ def ratios(found: dict[str, Any]) -> dict[str, float]:
         "raw broadcast / in place": (found["raw_broadcast"]["p50"], ours),
         "digest alone / in place": (found["digest_alone_ms"]["p50"], ours),
         "in place / TRL update_model_params": (ours, trl.get("update_model_params", {}).get("p50")),
+        "sparse, 1 % / in place": (found["sparse"]["in_place"]["0.01"]["p50"], ours),
+        "sparse, 1 % / reading policy and base": (
+            found["sparse"]["in_place"]["0.01"]["p50"],
+            found["sparse"]["passes"]["reading_p50"],
+        ),
         "in place / TRL for each parameter": (ours, trl.get("per_parameter", {}).get("p50")),
     }
     return {name: one / other for name, (one, other) in pairs.items() if other}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from inference_service.landing import Landing, Scattered, Straight
+from inference_service.receiving_changes import Changes
 from weight_transfer.arena import Arena
 from weight_transfer.cuda import nccl
 from weight_transfer.digest import combine
@@ -43,6 +44,7 @@ class Receiving:
         self._live: tuple[int, Landing] | None = None  # by bytes of a window
         self._beside: tuple[int, Landing] | None = None
         self._stage: list[Arena] = []
+        self._changes: tuple[int, Changes] | None = None
         self._communicator: nccl.Communicator | None = None
 
     def join(self, id: bytes, *, staged: bool, window: int) -> dict[str, Any]:
@@ -62,16 +64,37 @@ class Receiving:
 
     def receive(self, *, staged: bool, window: int) -> dict[str, Any]:
         """Take all windows. Returns the policy's digest, in hexadecimal."""
+        self._drop_changes()
         communicator, landing = self._communicator, self._landing(staged, window)
         if communicator is None:
             raise RuntimeError("the last update's communicator was given up")
         return {"digest": f"{combine(landing.take(communicator, self._pulse)):016x}"}
 
+    def changes(self, *, staged: bool, window: int) -> dict[str, Any]:
+        """Take what changed since the live weights' version. Returns the policy's digest, in hexadecimal.
+
+        Raises:
+            ValueError: changes cannot be told of this worker's weights.
+        """
+        if self._communicator is None:
+            raise RuntimeError("the last update's communicator was given up")
+        if self._crew.manifest is not None:
+            raise ValueError("changes are for engines of one worker")
+        if self._changes is None or self._changes[0] != window:
+            self._changes = window, Changes(self._held, window)
+        arenas = self._beside_live if staged else lambda: self._held.arenas
+        parts = self._changes[1].receive(self._communicator, self._pulse, arenas, staged=staged)
+        return {"digest": f"{combine(parts):016x}"}
+
     def install(self) -> dict[str, Any]:
-        """Copy what was staged over the live weights, of which nothing may be read meanwhile."""
-        if not self._stage:
+        """Have what was staged be the live weights, of which nothing may be read meanwhile."""
+        if self._changes is not None and self._changes[1].keeps:
+            copied = self._changes[1].install()
+        elif self._stage:
+            copied = windows(self._held.placements, 1 << 62)
+        else:
             raise RuntimeError("nothing was staged")
-        for cut in windows(self._held.placements, 1 << 62):
+        for cut in copied:
             for run in cut.runs:
                 target, source = (
                     arenas[run.arena].tensor(run.offset, (run.nbytes,), torch.uint8)
@@ -85,6 +108,7 @@ class Receiving:
     def rest(self) -> None:
         """Give back what the next update can have anew in no time: the memory beside the live weights."""
         self._stage, self._beside = [], None
+        self._drop_changes()
         if self._crew.manifest is not None:  # of which buckets are a part
             self._live = None
 
@@ -100,9 +124,18 @@ class Receiving:
         self.leave()
         self._live = None
 
-    def _landing(self, staged: bool, window: int) -> Landing:
-        if staged and not self._stage:
+    def _drop_changes(self) -> None:
+        if self._changes is not None:
+            self._changes[1].drop()
+
+    def _beside_live(self) -> Sequence[Arena]:
+        if not self._stage:
             self._stage = [Arena.create("tandem-stage", a.size, a.device) for a in self._held.arenas]
+        return self._stage
+
+    def _landing(self, staged: bool, window: int) -> Landing:
+        if staged:
+            self._beside_live()
         kept = self._beside if staged else self._live
         if kept is None or kept[0] != window:
             kept = window, self._made(self._stage if staged else self._held.arenas, window)

@@ -12,6 +12,7 @@ import socket
 import uuid
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import cached_property
 
 import structlog
 
@@ -29,7 +30,8 @@ from weight_transfer import descriptors
 from weight_transfer.identity import ProcessIdentity
 from weight_transfer.manifest import TensorSpec, mismatches
 from weight_transfer.placement import Placement, packed
-from weight_transfer.windows import MIRROR_BYTES, WINDOW_BYTES
+from weight_transfer.tiles import tilings
+from weight_transfer.windows import MIRROR_BYTES, WINDOW_BYTES, windows
 
 log = structlog.get_logger(__name__)
 
@@ -202,9 +204,21 @@ class Sessions:
 
     def takes_changes(self, session: Session) -> bool:
         """Whether a session's updates may be partial."""
+        if session.transport == NCCL:
+            return self._tiled
         return (
             session.transport == STREAM and session.adapter is None and isinstance(self._arenas, HostArenas)
         )
+
+    @cached_property
+    def _tiled(self) -> bool:
+        """Whether changes can be told of the engine's memory: it is of one worker, and tensors lie in ranges."""
+        try:
+            tilings(windows(self._arenas.placements), self._arenas.placements)
+        except ValueError as error:
+            log.info("updates by NCCL stay whole", reason=str(error))
+            return False
+        return self._arenas.workers == 1
 
     def way(self, session: Session, *, partial: bool = False, nccl_id: bytes = b"") -> Way:
         """How the bytes of a session's update come that begins now.

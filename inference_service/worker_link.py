@@ -68,6 +68,8 @@ class WorkerLink:
                     found = self._receiving.join(bytes.fromhex(order["id"]), **_how(order))
                 case "receive":
                     found = self._receiving.receive(**_how(order))
+                case "changes":
+                    found = self._receiving.changes(**_how(order))
                 case "install":
                     found = self._receiving.install()
                 case "abort":

@@ -158,8 +158,8 @@ class HostCommunicator:
     def mark(self) -> None:
         return None
 
-    def follow(self, event: Any) -> None:
-        return None
+    def follow(self, event: threading.Event | None) -> None:
+        self.wait(event)  # nothing is put off here but what is sent
 
     def beside(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -270,12 +270,20 @@ def write(model: nn.Module, seed: int) -> None:
             parameter.add_(torch.randn_like(parameter))
 
 
+def wide() -> nn.Module:
+    """A model with windows of some thousands of elements."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(*shape) for shape in ((96, 640), (640, 48), (48, 64), (64, 32))]
+    return nn.Sequential(*layers).to(torch.bfloat16)
+
+
 def dying_trainer(
     address: str,
     mode: str,
     where: str,
     reached: Connection,
     model_of: Callable[[], nn.Module] = network,
+    sparse: bool = False,
 ) -> None:
     """A trainer that does not go on from `where` in its second update, once it has said so."""
 
@@ -283,9 +291,9 @@ def dying_trainer(
         reached.send(where)
         time.sleep(60)
 
-    model = model_of()
+    model, how = model_of(), {"mode": mode, "sparse": sparse}
     with instead_of_nccl():
-        weights = PolicyWeights(InferenceClient(address), lambda: model, transport="nccl", mode=mode)
+        weights = PolicyWeights(InferenceClient(address), lambda: model, transport="nccl", **how)  # type: ignore[arg-type]
         weights.sync()
         write(model, 7)
         session = weights._session

@@ -80,7 +80,7 @@ def weights_of(services: Services, model: Callable[[], nn.Module], **options: An
     """What brings the policy to the services. From then on, rollouts are asked of those that hold it.
 
     options: of PolicyWeights. How updates go is in variables of the environment: TANDEM_INFERENCE_UPDATE_MODE is staged
-        or in_place, and TANDEM_INFERENCE_SPARSE is 1 where those by stream shall carry what changed alone.
+        or in_place, and TANDEM_INFERENCE_SPARSE is 1 where those by stream or NCCL shall carry what changed alone.
 
     Raises:
         InvalidArgument: a variable or an option has another value, or one that several services cannot have.

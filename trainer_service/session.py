@@ -57,7 +57,7 @@ class Session:
             transport: shared, nccl or stream, or None to let the service choose.
             timeout_s: deadline in seconds of each step.
             mode: staged or in_place, or "" to let the service choose.
-            sparse: whether updates by stream shall carry what changed alone, where the service takes that.
+            sparse: whether updates by stream or NCCL shall carry what changed alone, where the service takes that.
             together: the ranks of the run, which write the engine's memory where that is of several workers.
             window_bytes: of what goes by NCCL, or 0 for as many as suit the policy.
 

@@ -65,7 +65,7 @@ class PolicyWeights:
             led: goes around the tensors of a policy that other ranks must read too.
             adapter: what to call the model's LoRA adapter in the engine, if it is all that the engine is given.
             mode: staged or in_place, or "" to let the service choose.
-            sparse: whether updates by stream carry what changed alone. For that the last commit is kept, in the
+            sparse: whether updates by stream or NCCL carry what changed alone. For that the last commit is kept, in the
                 engine's dtypes, where the model is.
             together: the ranks of the run, which write an engine's memory that is of several workers.
         """

@@ -19,7 +19,7 @@ def incoming(way: Way, arenas: EngineArenas, engine: Engine) -> Incoming:
         case Way(invitation=invitation, in_place=in_place) if invitation is not None:
             from inference_service.transports.nccl import OverNccl
 
-            return OverNccl(invitation, in_place=in_place)
+            return OverNccl(invitation, in_place=in_place, partial=way.partial)
         case Way(adapter=adapter) if adapter is not None:
             from inference_service.transports.adapter import AdapterStream
 

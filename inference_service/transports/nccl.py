@@ -36,10 +36,11 @@ class Invitation:
 class OverNccl(Incoming):
     """In place, the trainer knows alone whether it began to send before it gave up."""
 
-    def __init__(self, invitation: Invitation, *, in_place: bool) -> None:
+    def __init__(self, invitation: Invitation, *, in_place: bool, partial: bool) -> None:
         self._invitation = invitation
         self._link = invitation.link
         self._staged = not in_place
+        self._order = "changes" if partial else "receive"
         self._opened = False
         self._received: asyncio.Task[dict[str, Any]] | None = None
 
@@ -58,7 +59,7 @@ class OverNccl(Incoming):
         link.joined = asked.session
 
     def expect(self) -> None:
-        answer = self._link.order("receive", **self._how())
+        answer = self._link.order(self._order, **self._how())
         self._received = asyncio.ensure_future(self._link.answered(answer))
         self._received.add_done_callback(self._tell)
 

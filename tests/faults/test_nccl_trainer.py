@@ -207,21 +207,12 @@ def test_two_trainers_take_turns(client: InferenceClient, trainer: Any) -> None:
     assert holds(client, second)
 
 
-@pytest.mark.parametrize(
-    ("field", "begin"),
-    [
-        ("begin.nccl_id", {"nccl_id": b"short"}),
-        ("begin.partial", {"partial": True}),
-    ],
-)
-def test_a_begin_that_does_not_fit_changes_nothing(
-    client: InferenceClient, trainer: Any, field: str, begin: dict[str, Any]
-) -> None:
+def test_a_begin_that_does_not_fit_changes_nothing(client: InferenceClient, trainer: Any) -> None:
     _, weights = trainer()
     weights.sync()
     assert weights._session is not None
-    asked = pb.BeginUpdate(session_id=weights._session.id, base_version=2, **begin)
-    with pytest.raises(TandemError, match=field), rpc.translated():
+    asked = pb.BeginUpdate(session_id=weights._session.id, base_version=2, nccl_id=b"short")
+    with pytest.raises(TandemError, match=r"begin\.nccl_id"), rpc.translated():
         list(client.weights.UpdateWeights(iter([pb.UpdateWeightsRequest(begin=asked)]), timeout=10))
     assert now(client).state == pb.WEIGHT_STATE_COMMITTED
     weights.sync()

@@ -7,15 +7,19 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
+from weight_transfer import patches
 from weight_transfer.arena import Arena
 from weight_transfer.cuda.devices import device_of, uuid_of
-from weight_transfer.digest import digest_tensor, digest_tensors
+from weight_transfer.digest import digest_tensor, digest_tensors, finished
 from weight_transfer.manifest import TensorSpec
 from weight_transfer.placement import Block, Placement, contiguous_strides
 from weight_transfer.reading import Reading
+from weight_transfer.tiles import HEADER, TILE_BYTES, Tiling, tiling
+from weight_transfer.windows import windows
 from weight_transfer.write import write
 
 pytestmark = [
@@ -207,3 +211,114 @@ def test_writing_from_the_host() -> None:
     (digest,) = write([(placement, value)], [arena])
     assert digest == digest_tensor(value.bfloat16())
     assert torch.equal(placement.view([arena]).cpu(), value.bfloat16())
+
+
+#: (dtype, elements, byte): aligned and not, tiles and a bit, ends that are no word's, many tiles.
+CHANGING = [
+    ("bfloat16", 3 * TILE_BYTES // 2 + 5, 0),
+    ("float32", 4099, 3 * TILE_BYTES + 12),
+    ("bfloat16", 1, 3 * TILE_BYTES + 12 + 4 * 4099),
+    ("float16", TILE_BYTES // 2, 6 * TILE_BYTES),
+    ("bfloat16", 17, 7 * TILE_BYTES + 6),
+    ("float64", 33, 7 * TILE_BYTES + 1024),
+    ("float16", TILE_BYTES, 8 * TILE_BYTES + 2),
+    ("bfloat16", 8 * MIB + 3, 16 * TILE_BYTES),
+]
+SIZE = 32 * MIB
+
+
+def changing() -> tuple[list[Placement], Tiling, torch.Tensor]:
+    """Some tensors, and which bytes are theirs."""
+    policy = [
+        Placement(TensorSpec(str(i), dtype, (n,)), (Block(0, at, (1,), 0, (1,), (n,)),))
+        for i, (dtype, n, at) in enumerate(CHANGING)
+    ]
+    (window,) = windows(policy)
+    theirs = torch.zeros(SIZE, dtype=torch.bool, device="cuda")
+    for placement in policy:
+        theirs[placement.blocks[0].arena_offset :][: placement.spec.nbytes] = True
+    return policy, tiling(window, policy), theirs
+
+
+def bytes_of(arena: Arena) -> torch.Tensor:
+    return arena.tensor(0, (SIZE,), torch.uint8)
+
+
+def filled(raw: torch.Tensor) -> Arena:
+    arena = Arena.create("test", SIZE, "cuda")
+    bytes_of(arena).copy_(raw)
+    return arena
+
+
+@pytest.mark.parametrize("share", [0.0, 1e-5, 0.01, 0.3, 1.0])
+def test_changes_are_found_and_placed_to_the_bit(share: float) -> None:
+    """Random bits: NaNs of every payload and both zeros are among them."""
+    policy, tiles, theirs = changing()
+    torch.manual_seed(int(share * 1e5))
+    before = torch.randint(0, 256, (SIZE,), dtype=torch.uint8, device="cuda")
+    after = before.clone().view(torch.int16)
+    changed = torch.rand(len(after), device="cuda") < share
+    after[changed] ^= torch.randint(1, 1 << 15, after.shape, device="cuda").to(torch.int16)[changed]
+    after = after.view(torch.uint8)
+    count = int((changed & theirs.view(-1, 2)[:, 0]).sum())
+    now, base, live, staged = filled(after), filled(before), filled(before), filled(before)
+    want = torch.where(theirs, after, before)
+    digests = digest_tensors([placement.view([now]) for placement in policy])
+    nbytes = np.array([placement.spec.nbytes for placement in policy], np.uint64)
+
+    room = torch.tensor([count], device="cuda")
+    message = torch.full((tiles.words(count) + 8,), 0x5A5A5A5A, dtype=torch.int32, device="cuda")
+    message[:HEADER] = 0
+    sums = torch.zeros(len(policy), dtype=torch.int64, device="cuda")
+    patches.find(tiles, [now], [base])(room, sums, message)
+    assert int(message[0]) == count
+    assert (message[tiles.words(count) :] == 0x5A5A5A5A).all()
+    assert torch.equal(bytes_of(base), want)
+    assert torch.equal(bytes_of(now), after)
+    assert finished(sums.cpu().numpy(), nbytes) == digests
+
+    # The host's own, which tests without a device compare with torch, takes what the kernel found.
+    host = Arena.create("test", SIZE)
+    bytes_of(host).copy_(before)
+    patches.patch(tiles, [host])(room.cpu(), None, message.cpu(), write=True)
+    assert torch.equal(bytes_of(host), want.cpu())
+
+    for arena, write_now in ((staged, False), (live, True)):
+        sums.zero_()
+        patches.patch(tiles, [arena])(room, sums, message, write=write_now)
+        assert finished(sums.cpu().numpy(), nbytes) == digests
+        assert torch.equal(bytes_of(arena), want if write_now else before)
+    patches.patch(tiles, [staged])(room, None, message, write=True)
+    assert torch.equal(bytes_of(staged), want)
+
+
+def test_a_window_without_room_for_its_changes_is_not_written() -> None:
+    policy, tiles, _ = changing()
+    before, after = (torch.randint(0, 256, (SIZE,), dtype=torch.uint8, device="cuda") for _ in range(2))
+    now, base, live = filled(after), filled(before), filled(before)
+    room = torch.tensor([100], device="cuda")
+    message = torch.full((tiles.words(100) + 8,), 0x5A5A5A5A, dtype=torch.int32, device="cuda")
+    message[:HEADER] = 0
+    sums = torch.zeros(len(policy), dtype=torch.int64, device="cuda")
+    patches.find(tiles, [now], [base])(room, sums, message)
+    assert int(message[0]) > 100
+    assert (message[tiles.words(100) :] == 0x5A5A5A5A).all()
+    assert digest_tensors([p.view([base]) for p in policy]) == digest_tensors([p.view([now]) for p in policy])
+    sums.zero_()
+    patches.patch(tiles, [live])(room, sums, message, write=True)
+    assert not sums.any()
+    assert torch.equal(bytes_of(live), before)
+
+
+def test_a_message_that_is_none_writes_nothing_outside_its_window() -> None:
+    policy, tiles, theirs = changing()
+    for seed in range(10):
+        torch.manual_seed(seed)
+        message = torch.randint(-(2**31), 2**31 - 1, (tiles.words(1000),), device="cuda").to(torch.int32)
+        if seed % 2:
+            message[HEADER : HEADER + 2 * tiles.tiles] %= 500
+        message[0] = 900
+        live = filled(torch.zeros(SIZE, dtype=torch.uint8))
+        sums = torch.zeros(len(policy), dtype=torch.int64, device="cuda")
+        patches.patch(tiles, [live])(torch.tensor([1000], device="cuda"), sums, message, write=True)
+        assert not bytes_of(live)[~theirs].any()

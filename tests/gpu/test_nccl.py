@@ -25,6 +25,8 @@ from tests.gpu.test_colocate import assert_agrees, digest, digest_of
 from tests.services import ENVIRONMENT, Service, inference_service
 from trainer_service.client import InferenceClient
 from trainer_service.weights import PolicyWeights
+from weight_transfer.cuda import nccl
+from weight_transfer.sparse import bits
 
 pytestmark = [
     pytest.mark.gpu,
@@ -50,9 +52,10 @@ def policy(service: Service, checkpoint: Path) -> Iterator[Any]:
     made: list[PolicyWeights] = []
     with closing(InferenceClient(service.address)) as client:
 
-        def make(dtype: torch.dtype, mode: str) -> tuple[Any, PolicyWeights]:
+        def make(dtype: torch.dtype, mode: str, *, sparse: bool = False) -> tuple[Any, PolicyWeights]:
             model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).to("cuda:1")
-            made.append(PolicyWeights(client, lambda: model, transport="nccl", mode=mode, timeout_s=60))
+            how = {"mode": mode, "timeout_s": 60, "sparse": sparse}
+            made.append(PolicyWeights(client, lambda: model, transport="nccl", **how))  # type: ignore[arg-type]
             return model, made[-1]
 
         yield make
@@ -85,6 +88,65 @@ def test_each_update_is_the_trainers_to_the_bit(
     assert weights.bytes_moved == 2 * sum(parameter.numel() for parameter in model.parameters())
     assert_agrees(service, model.to("cuda:0"))
     model.to("cuda:1")
+
+
+def change(model: Any, share: float) -> int:
+    """Other bits in that share of the elements. Returns how many elements those are."""
+    count = 0
+    for parameter in model.parameters():
+        flat = bits(parameter)
+        where = (torch.rand(flat.shape, device=flat.device) < share).nonzero().view(-1)
+        flat[where] ^= torch.randint(1, 4, where.shape, device=flat.device).to(flat.dtype)
+        count += len(where)
+    return count
+
+
+@MODES
+def test_changes_alone_are_the_trainers_to_the_bit(service: Service, policy: Any, mode: str) -> None:
+    model, weights = policy(torch.bfloat16, mode, sparse=True)
+    dense = 2 * sum(parameter.numel() for parameter in model.parameters())
+    weights.sync()
+    assert (weights.history[-1].changed, weights.bytes_moved) == (None, dense)
+    for share in (0.01, 0.01, 0.0, 0.02, 0.15, 0.15, 0.6, 0.01, 0.01, 0.001):
+        count = change(model, share)
+        weights.sync()
+        assert weights.history[-1].changed == count
+        assert digest(service) == (weights.weight_version, digest_of(model, service))
+    assert weights.bytes_moved < dense / 10
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
+    for _ in range(3):
+        step(model, optimizer)
+        weights.sync()
+        assert weights.history[-1].changed is not None
+        assert digest(service) == (weights.weight_version, digest_of(model, service))
+    assert_agrees(service, model.to("cuda:0"))
+    model.to("cuda:1")
+
+
+@MODES
+def test_after_an_update_that_failed_everything_travels(
+    service: Service, policy: Any, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, weights = policy(torch.bfloat16, mode, sparse=True)
+    weights.sync()
+    change(model, 0.01)
+    wait, broken = nccl.Communicator.wait, []
+
+    def breaks(self: nccl.Communicator, *of: Any) -> None:
+        if not broken:
+            broken.append(self)
+            raise nccl.NcclError("broken")
+        wait(self, *of)
+
+    monkeypatch.setattr(nccl.Communicator, "wait", breaks)
+    weights.sync()  # is tried again
+    assert broken
+    assert weights.history[-1].changed is None
+    assert digest(service)[1] == digest_of(model, service)
+    count = change(model, 0.01)
+    weights.sync()
+    assert weights.history[-1].changed == count
+    assert digest(service)[1] == digest_of(model, service)
 
 
 def test_nothing_travels_on_the_engines_own_gpu(service: Service, checkpoint: Path) -> None:
@@ -134,7 +196,8 @@ from trainer_service.lease import Lease
 from weight_transfer.cuda import nccl
 address, path, mode, where = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).to("cuda:1")
-weights = PolicyWeights(InferenceClient(address), lambda: model, transport="nccl", mode=mode)
+sparse = where == "sending changes"
+weights = PolicyWeights(InferenceClient(address), lambda: model, transport="nccl", mode=mode, sparse=sparse)
 weights.sync()
 def stop(*_):
     print(where, flush=True)
@@ -155,8 +218,10 @@ if where == "ready":
     nccl.Communicator.broadcast = stop
 if where == "sending":
     Lease.send = stop  # all is on its way, and the commit is not
+if where == "sending changes":
+    nccl.Communicator.wait = stop
 for parameter in model.parameters():
-    parameter.data.add_(1)
+    parameter.data.view(-1)[::100].add_(1) if sparse else parameter.data.add_(1)
 weights.sync()
 """
 
@@ -191,7 +256,7 @@ def until(done: Callable[[], bool], seconds: float) -> float:
 
 @MODES
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGSTOP], ids=["kill", "stop"])
-@pytest.mark.parametrize("where", ["joining", "ahead", "ready", "sending"])
+@pytest.mark.parametrize("where", ["joining", "ahead", "ready", "sending", "sending changes"])
 def test_a_trainer_that_goes_away_leaves_the_old_version_or_nothing(
     service: Service, policy: Any, checkpoint: Path, mode: str, kind: signal.Signals, where: str
 ) -> None:

@@ -15,7 +15,7 @@ _HERE = Path(__file__).parent
 
 def source(name: str) -> str:
     """The source of the kernel `name`, in one text."""
-    files = ("digest.cuh", "sum.cuh", "cast.cuh", f"{name}.cu")
+    files = ("digest.cuh", "sum.cuh", "cast.cuh", "tile.cuh", f"{name}.cu")
     return "".join((_HERE / file).read_text() for file in files).replace("#pragma once", "")
 
 

@@ -7,7 +7,7 @@ import importlib.util
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -110,6 +110,7 @@ class Communicator:
         self.device = device
         # Ahead of kernels that are ready when a window ends: those digest what is there, and have time.
         self.stream = _stream(device, priority=-1)
+        self._side = _stream(device)
         self._check = check
         with torch.cuda.device(device):
             with _told():
@@ -151,9 +152,12 @@ class Communicator:
         """Have the current stream do what comes after the event."""
         torch.cuda.current_stream(self.device).wait_event(event)
 
-    def beside(self) -> AbstractContextManager[None]:
-        """Have a stream of this rank's be the current one, for what is to be done while bytes travel."""
-        return own_stream(self.device)
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Have a stream of this rank's be the current one, for what is to be done while bytes travel: always the same,
+        since torch has few, and the next new one may be that on which they do."""
+        with torch.cuda.device(self.device), torch.cuda.stream(self._side):
+            yield
 
     def wait(self, event: torch.cuda.Event, seconds: float = STALL_S) -> None:
         """Wait until an event of `broadcast`, or one behind it, is reached.

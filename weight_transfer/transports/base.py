@@ -87,7 +87,7 @@ class Handshake:
     arena_gpus: tuple[str, ...] = ()  # UUIDs; "" for host memory
     placements: tuple[Placement, ...] = ()
     staged: bool = False  # shared: what is mapped is not the engine's own memory
-    partial: bool = False  # stream: an update may carry changes alone
+    partial: bool = False  # stream, nccl: updates shall carry changes alone
     window_bytes: int = 0  # nccl
     ranks: int = 2  # nccl: of the communicator, the trainer's among them
     device: str = ""  # nccl: the trainer's GPU, as torch names it

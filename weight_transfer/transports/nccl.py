@@ -21,6 +21,7 @@ from weight_transfer.transports.base import (
     TransportError,
     WeightTransport,
 )
+from weight_transfer.transports.nccl_sparse import SparseMirror
 from weight_transfer.transports.outgoing import Buckets, Mirror, Outgoing, mirrored
 from weight_transfer.windows import Window, windows
 
@@ -64,6 +65,8 @@ class NcclTransport(WeightTransport):
         window_bytes: int,
         device: torch.device,
         ranks: int = 2,
+        *,
+        sparse: bool = False,
     ) -> None:
         """Prepare; nothing is allocated before the first `move`.
 
@@ -73,6 +76,7 @@ class NcclTransport(WeightTransport):
             window_bytes: how the engine cuts them.
             device: the trainer's GPU.
             ranks: of the communicator: this one, and those of the engine's workers.
+            sparse: whether updates shall carry what changed alone, where a mirror stands. That takes a second one.
 
         Raises:
             ValueError: a tensor cannot travel so.
@@ -82,7 +86,7 @@ class NcclTransport(WeightTransport):
         placed = tuple(where[spec.name] for spec in manifest)
         cut = tuple(windows(placed, window_bytes))
         self.layout = Layout(manifest, placed, tuple(arena_sizes), cut, device)
-        self._ranks = ranks
+        self._ranks, self._sparse = ranks, sparse
         self._outgoing: Outgoing | None = None
         self._communicator: nccl.Communicator | None = None
         self._id = b""
@@ -105,6 +109,7 @@ class NcclTransport(WeightTransport):
             handshake.window_bytes,
             device,
             handshake.ranks,
+            sparse=handshake.partial,
         )
 
     @property
@@ -113,6 +118,10 @@ class NcclTransport(WeightTransport):
         if self._communicator is None:
             raise TransportError("NCCL: there is no communicator")
         return self._communicator
+
+    @property
+    def partial(self) -> bool:
+        return self._outgoing is not None and self._outgoing.partial
 
     def stands(self) -> bool:
         return self._outgoing is not None and self._outgoing.stands()
@@ -152,10 +161,14 @@ class NcclTransport(WeightTransport):
 
     def mark(self) -> None:
         self._unsettled = False
+        if self._outgoing is not None:
+            self._outgoing.mark()
 
     def forget(self) -> None:
         if self._unsettled:
             self._leave()
+        elif self._outgoing is not None:
+            self._outgoing.forget()
 
     def move(
         self, policy: Sequence[SourceTensor], send: Callable[[Piece], None], *, digest: bool = False
@@ -177,7 +190,7 @@ class NcclTransport(WeightTransport):
             self._leave()
             raise
         self._connected = True
-        return Moved(self.layout.nbytes, digests.combine(parts))
+        return Moved(outgoing.nbytes, digests.combine(parts), outgoing.changed)
 
     def close(self) -> None:
         self._leave()
@@ -186,7 +199,9 @@ class NcclTransport(WeightTransport):
             outgoing.close()
 
     def _chosen(self, policy: Sequence[SourceTensor]) -> Outgoing:
-        return self.layout.made(Mirror if mirrored(self._manifest, policy) else Buckets)
+        if not mirrored(self._manifest, policy):
+            return self.layout.made(Buckets)
+        return self.layout.made(SparseMirror if self._sparse else Mirror)
 
     def _leave(self) -> None:
         communicator, self._communicator = self._communicator, None

@@ -20,11 +20,16 @@ from weight_transfer.transports.shared import SharedTransport
 from weight_transfer.windows import MIRROR_BYTES, WINDOW_BYTES, Run, Window, in_bucket, moved
 from weight_transfer.write import write
 
-_TRAINER = 0  # the rank whose bytes travel
+TRAINER = 0  # the rank whose bytes travel
 
 
 class Outgoing(ABC):
-    """The trainer's memory that is sent, on one GPU."""
+    """The trainer's memory that is sent, on one GPU.
+
+    nbytes, changed: of the last `send`, as in `Moved`.
+    """
+
+    changed: int | None = None
 
     def __init__(
         self,
@@ -38,10 +43,20 @@ class Outgoing(ABC):
         self._manifest = manifest
         self._placements = list(placements)
         self._windows = list(windows)
+        self.nbytes = sum(window.nbytes for window in windows)
 
     def stands(self) -> bool:
         """Whether every tensor is in this memory by itself, so that `send` needs none of them."""
         return False
+
+    @property
+    def partial(self) -> bool:
+        """Whether the next `send` brings what changed since `mark` alone."""
+        return False
+
+    def mark(self) -> None:
+        """What was sent last is committed."""
+        return
 
     def start(self, communicator: Communicator | Several, alive: Callable[[], None]) -> None:
         """Begin to send what `stands` here, before the other side may take it: `send` goes on with that."""
@@ -67,7 +82,7 @@ class Outgoing(ABC):
         """
 
     def forget(self) -> None:
-        """What was started goes nowhere: its communicator is no more."""
+        """What was started goes nowhere: its communicator is no more. The next `send` brings everything."""
         return
 
     @abstractmethod
@@ -87,15 +102,15 @@ class Mirror(Outgoing):
         device: torch.device,
     ) -> None:
         super().__init__(manifest, placements, windows, arena_sizes, device)
-        arenas = [Arena.create("tandem-mirror", size, device) for size in arena_sizes]
-        self._spans = [_spans(window.runs, [arena.address for arena in arenas]) for window in windows]
+        arenas = self._arenas = [Arena.create("tandem-mirror", size, device) for size in arena_sizes]
+        self._spans = [spans_of(window.runs, [arena.address for arena in arenas]) for window in windows]
         self._memory = SharedTransport(manifest, placements, arenas)
         self._reading = Reading(placements, arenas)
         self._sent: tuple[list[Any], Callable[[], list[int]], torch.cuda.Event] | None = None
 
     def start(self, communicator: Communicator | Several, alive: Callable[[], None]) -> None:
         written = communicator.mark()
-        events = [communicator.broadcast(spans, _TRAINER, alive, written) for spans in self._spans]
+        events = [communicator.broadcast(spans, TRAINER, alive, written) for spans in self._spans]
         with communicator.beside():
             communicator.follow(written)
             self._sent = events, self._reading.later(), written
@@ -108,7 +123,7 @@ class Mirror(Outgoing):
         told: Callable[[list[int]], None] = lambda digests: None,
     ) -> list[int]:
         if policy:
-            self._memory.move(list(policy.values()), _nothing_travels)
+            self._memory.move(list(policy.values()), nothing_travels)
         if self._sent is None:
             self.start(communicator, alive)
         sent, self._sent = self._sent, None
@@ -130,6 +145,7 @@ class Mirror(Outgoing):
 
     def close(self) -> None:
         self._memory.close()
+        self._arenas.clear()
 
 
 class Buckets(Outgoing):
@@ -170,7 +186,7 @@ class Buckets(Outgoing):
             items = [(place, policy[i].read().detach()) for i, place in places]
             for (i, _), digest in zip(places, write(items, [self._buckets[k % 2]]), strict=True):
                 parts[i] = digest
-            events.append(communicator.broadcast(spans, _TRAINER, alive, communicator.mark()))
+            events.append(communicator.broadcast(spans, TRAINER, alive, communicator.mark()))
         told(parts)
         for event in events[-2:]:
             communicator.wait(event)
@@ -197,9 +213,10 @@ def window_wanted(manifest: Manifest, policy: Sequence[SourceTensor]) -> int:
     return MIRROR_BYTES if mirrored(manifest, policy) else WINDOW_BYTES
 
 
-def _nothing_travels(piece: object) -> None:
+def nothing_travels(piece: object) -> None:
+    """What the mirror's own move has for `send`."""
     raise AssertionError(f"a mirror sends no {type(piece).__name__}")
 
 
-def _spans(runs: Sequence[Run], addresses: Sequence[int]) -> list[Span]:
+def spans_of(runs: Sequence[Run], addresses: Sequence[int]) -> list[Span]:
     return [(addresses[run.arena] + run.offset, run.nbytes) for run in runs]
