@@ -122,7 +122,7 @@ class Receiving:
     def close(self) -> None:
         """Let go of everything."""
         self.leave()
-        self._live = None
+        self._live = self._changes = None
 
     def _drop_changes(self) -> None:
         if self._changes is not None:

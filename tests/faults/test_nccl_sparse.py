@@ -5,7 +5,9 @@ tests/unit/test_patches.py has the kernels, tests/gpu/test_nccl.py the same prom
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import signal
 import threading
 import time
@@ -110,6 +112,53 @@ def test_each_update_is_the_trainers_to_the_bit(client: InferenceClient, trainer
         assert weights.history[-1].changed == count
         assert holds(client, weights)
     assert [update.weight_version for update in weights.history] == list(range(2, 15))
+
+
+@MODES
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_fails_on_the_way_what_is_committed_is_the_trainers(
+    client: InferenceClient, trainer: Any, mode: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random shares of changes, and random failures between them: of the wire, of a digest, of parameters' memory."""
+    model, weights = trainer(mode)
+    weights.sync()
+    chance, partial = random.Random(seed), 0
+    wait = host_nccl.HostCommunicator.wait
+    for i in range(25):
+        change(model, chance.choice([0.0, 0.001, 0.01, 0.05, 0.2, 0.6]), 100 * seed + i)
+        match chance.randrange(6):
+            case 0:  # the communicator breaks at some window
+                left = [chance.randrange(12)]
+
+                def breaks(communicator: Any, *of: Any, left: list[int] = left) -> None:
+                    left[0] -= 1
+                    if left[0] == -1:
+                        raise host_nccl.nccl.NcclError("broken")
+                    wait(communicator, *of)
+
+                monkeypatch.setattr(host_nccl.HostCommunicator, "wait", breaks)
+            case 1:  # a byte is another on the way: of a tensor, or of how many changes a tile has
+                spoilt: list[int] = []
+
+                def spoil(window: int, memory: memoryview, spoilt: list[int] = spoilt) -> memoryview:
+                    at = 4 * (HEADER + 1)
+                    if spoilt or len(memory) <= 64:  # rooms, of which NCCL's own sizes are made
+                        return memory
+                    spoilt.append(window)
+                    return memoryview(bytes(memory[:at]) + bytes([memory[at] ^ 1]) + bytes(memory[at + 1 :]))
+
+                monkeypatch.setattr(host_nccl, "carried", spoil)
+            case 2:
+                parameter = next(model.parameters())
+                parameter.data = parameter.data.clone()
+        with contextlib.suppress(DataLoss):
+            weights.sync()
+        monkeypatch.setattr(host_nccl, "carried", lambda window, memory: memory)
+        monkeypatch.setattr(host_nccl.HostCommunicator, "wait", wait)
+        weights.sync()
+        assert holds(client, weights)
+        partial += weights.history[-1].changed is not None
+    assert partial > 5
 
 
 @MODES

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from weight_transfer import patches
+from weight_transfer import tiles as tiles_module
 from weight_transfer.arena import Arena
 from weight_transfer.cuda import kernels
 from weight_transfer.cuda import patches as on_device
@@ -327,6 +328,19 @@ def test_what_cannot_be_told_is_named(dtype: str, shape: tuple[int, ...], parts:
     (window,) = windows([placement])
     with pytest.raises(ValueError, match=f"w: .*{why}"):
         tiling(window, [placement])
+
+
+def test_changes_travel_in_finer_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles_module, "CHANGES_BYTES", 300)
+    monkeypatch.setattr(tiles_module, "_LAST_BYTES", 100)
+    placements = [placed(i, "bfloat16", 50, 128 * (11 - i)) for i in range(12)]
+    cut = windows(placements, 600, last=600)
+    assert [len(window.tensors) for window in cut] == [6, 6]
+    found = tiles_module.finer(cut, placements)
+    assert [window.tensors for window in found] == [
+        (11, 10, 9), (8, 7, 6), (5, 4, 3), (2, 1), (0,)
+    ]  # fmt: skip
+    assert [run for window in found for run in window.runs] == [run for window in cut for run in window.runs]
 
 
 def test_room_follows_what_came_last() -> None:

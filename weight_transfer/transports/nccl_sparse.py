@@ -154,7 +154,8 @@ class SparseMirror(Mirror):
         words = [tiling.words(room) for tiling, room in zip(self._tilings, rooms, strict=True)]
         slots = self._slots_of(max(words, default=1))
         told = torch.tensor(rooms, dtype=torch.int64).to(self._device)
-        counts, sums = torch.zeros_like(told), torch.zeros(len(self._manifest), dtype=torch.int64).to(told)
+        counts = torch.zeros_like(told)
+        sums = torch.zeros(len(self._manifest), dtype=torch.int64, device=self._device)
         written = communicator.mark()
         with communicator.beside():
             communicator.follow(written)
