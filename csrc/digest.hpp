@@ -26,8 +26,9 @@ struct Region {
     std::uint64_t nbytes;
 };
 
-// Rows of one part of a tensor: bytes that follow one another in the tensor too. `nbytes` is a row's, `stride` the bytes
-// from one row to the next where they lie, and the words of row r are first_word + r * word_stride and the next ones.
+// Rows of one part of a tensor: bytes that follow one another in the tensor too. `nbytes` is a row's,
+// `stride` the bytes from one row to the next where they lie, and the words of row r are first_word + r *
+// word_stride and the next ones.
 struct Rows {
     std::uintptr_t address;
     std::uint64_t nbytes;

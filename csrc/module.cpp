@@ -26,8 +26,8 @@ using JobTuple =
     std::tuple<std::uintptr_t, std::string, Strides, std::uintptr_t, std::string, Strides, Strides>;
 
 using SpanTuple = std::tuple<std::uintptr_t, std::uint64_t>;
-using RowsTuple = std::tuple<std::uintptr_t, std::uint64_t, std::uint64_t, std::uint64_t, std::uint64_t,
-                             std::uint64_t>;
+using RowsTuple =
+    std::tuple<std::uintptr_t, std::uint64_t, std::uint64_t, std::uint64_t, std::uint64_t, std::uint64_t>;
 
 std::uint64_t scatter(const std::vector<JobTuple>& tuples, std::int64_t threads) {
     std::vector<tandem::ScatterJob> jobs;
