@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,11 @@ from tandem.reward.v1 import reward_pb2 as pb
 from tandem.reward.v1 import reward_pb2_grpc
 
 ROOT = Path(__file__).parents[1]
+
+
+def shown(value: Any) -> str:
+    """A value as a test's name has it: the same in every process."""
+    return re.sub(r" at 0x\w+", "", value if isinstance(value, str) else repr(value))
 
 
 def length(completions: list[Any], **_: Any) -> list[float]:

@@ -43,7 +43,7 @@ FORMS = [
 ]
 
 
-@pytest.mark.parametrize("function", FORMS, ids=repr)
+@pytest.mark.parametrize("function", FORMS, ids=rewards.shown)
 def test_name_and_kind_are_what_trl_takes_them_for(function: Any) -> None:
     assert name_of(function) == get_callable_name(function) == get_callable_name(checked(function))
     assert is_async(function) == is_async_callable(function) == is_async_callable(checked(function))
@@ -87,7 +87,7 @@ def test_numbers_of_any_kind_are_floats_afterwards(returned: Any, expected: list
         (1j, "no number"),
         (object, "no number"),
     ],
-    ids=repr,
+    ids=rewards.shown,
 )
 def test_a_reward_that_is_none_is_named(value: Any, why: str) -> None:
     with pytest.raises(InvalidArgument) as caught:
@@ -114,7 +114,7 @@ def test_a_reward_that_is_none_is_named(value: Any, why: str) -> None:
         ([], "returned 0 rewards for 2 completions"),
         (torch.tensor(1.0), "returned tensor"),
     ],
-    ids=repr,
+    ids=rewards.shown,
 )
 def test_what_is_no_list_of_the_right_length_is_named(returned: Any, why: str) -> None:
     def mine(**_: Any) -> Any:
@@ -202,7 +202,7 @@ def test_what_cannot_be_called_is_told_before_anything_is_generated(
     assert [v.field for v in caught.value.violations] == ["reward_funcs[1]"]
 
 
-@pytest.mark.parametrize("function", [with_answer, Instance(), Awaited(), rewards.seen, max], ids=repr)
+@pytest.mark.parametrize("function", [with_answer, Instance(), Awaited(), rewards.seen, max], ids=rewards.shown)
 def test_what_can_be_called_is_left_alone(function: Any) -> None:
     check_callable(function, "reward_funcs", {"prompt", "answer", "times"})
 

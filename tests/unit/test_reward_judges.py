@@ -90,7 +90,7 @@ def test_completions_that_are_no_pairs_in_blocks_are_refused(
     assert judge.asked == []
 
 
-@pytest.mark.parametrize("judge", [None, Told, lambda: None, "judge"], ids=repr)
+@pytest.mark.parametrize("judge", [None, Told, lambda: None, "judge"], ids=rewards.shown)
 def test_what_cannot_judge_is_refused(judge: Any) -> None:
     with pytest.raises(InvalidArgument, match="judge: is an object with a method"):
         JudgeReward(judge)
@@ -159,7 +159,7 @@ THE_ONE = Told([0])
         (f"{__name__}:THE_ONE", None, Told),
         (THE_ONE, None, Told),
     ],
-    ids=str,
+    ids=rewards.shown,
 )
 def test_a_judge_by_name(spec: Any, arguments: dict[str, Any] | None, kind: type) -> None:
     assert isinstance(named(spec, arguments), kind)
