@@ -34,6 +34,7 @@ class Told:
         return self.says
 
 
+@pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'")
 def test_trl_has_no_judges_any_more() -> None:
     import trl
 
