@@ -202,7 +202,9 @@ def test_what_cannot_be_called_is_told_before_anything_is_generated(
     assert [v.field for v in caught.value.violations] == ["reward_funcs[1]"]
 
 
-@pytest.mark.parametrize("function", [with_answer, Instance(), Awaited(), rewards.seen, max], ids=rewards.shown)
+@pytest.mark.parametrize(
+    "function", [with_answer, Instance(), Awaited(), rewards.seen, max], ids=rewards.shown
+)
 def test_what_can_be_called_is_left_alone(function: Any) -> None:
     check_callable(function, "reward_funcs", {"prompt", "answer", "times"})
 
