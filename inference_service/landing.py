@@ -113,10 +113,11 @@ def _noted(
     begun: Sequence[Callable[[], list[int]]],
     communicator: Communicator,
 ) -> list[int]:
-    """The digests of all tensors, as the windows come. One of no elements is in none."""
+    """The digests of all tensors, once all windows are there. One of no elements is in none."""
     parts = [finish(0, 0)] * count
-    for cut, event, digests in zip(cuts, events, begun, strict=True):
+    for event in events:  # all first: some digests are put behind the last window, and waited for
         communicator.wait(event, PATIENCE_S)
+    for cut, digests in zip(cuts, begun, strict=True):
         for i, digest in zip(cut.tensors, digests(), strict=True):
             parts[i] = digest
     return parts

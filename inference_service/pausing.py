@@ -38,6 +38,8 @@ class Pausing(Control):
         self._wait: _Wait | None = None
         self._waiting = asyncio.Lock()  # one pause waits for rollouts at a time
         self._rests, self._settles = 0, False
+        #: Whether an update comes beside the live weights. To see the device done would take until it is there.
+        self.arriving = False
 
     @property
     def paused(self) -> bool:
@@ -103,7 +105,7 @@ class Pausing(Control):
             asyncio.get_running_loop().call_later(_REST_S, self._look, self._rest.stirred)
 
     def _look(self, stirred: int) -> None:
-        alone = not (self._pausers or self._wait or self._control.locked() or self.dead)
+        alone = not (self._pausers or self._wait or self._control.locked() or self.dead or self.arriving)
         if alone and stirred == self._rest.stirred and not self._rest.lasts(settled=self._settles):
             self._rests -= 1
             self._in_background(self._controlled(self._come_to_rest()))

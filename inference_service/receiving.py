@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -18,6 +19,8 @@ from weight_transfer.windows import windows
 
 if TYPE_CHECKING:
     from inference_service.loader import HeldWeights
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,9 @@ class Receiving:
         if self._crew.manifest is not None:
             raise ValueError("changes are for engines of one worker")
         if self._changes is None or self._changes[0] != window:
-            self._changes = window, Changes(self._held, window)
+            self._changes = window, self._pulsed(lambda: Changes(self._held, window))
+        if staged:  # the messages are the stage: both at once may be more than there is
+            self._stage, self._beside = [], None
         arenas = self._beside_live if staged else lambda: self._held.arenas
         parts = self._changes[1].receive(self._communicator, self._pulse, arenas, staged=staged)
         return {"digest": f"{combine(parts):016x}"}
@@ -123,6 +128,20 @@ class Receiving:
         """Let go of everything."""
         self.leave()
         self._live = self._changes = None
+
+    def _pulsed(self, make: Callable[[], T]) -> T:
+        """What takes its time, as compiling kernels does, in a thread, with signs of life meanwhile."""
+
+        def made() -> T:
+            with nccl.own_stream(self._held.arenas[0].device):
+                return make()
+
+        with ThreadPoolExecutor(1) as thread:
+            making = thread.submit(made)
+            while not making.done():
+                self._pulse()
+                wait([making], timeout=0.1)
+            return making.result()
 
     def _drop_changes(self) -> None:
         if self._changes is not None:

@@ -54,6 +54,19 @@ class Changes:
         self._sizes = np.array([placement.spec.nbytes for placement in self._placements], np.uint64)
         self._device = held.arenas[0].device
         self._kept: _Kept | None = None
+        self._load()
+
+    def _load(self) -> None:
+        """Have the kernels compiled and loaded: that may wait for all that the device does, and so for a trainer."""
+        if not self._tilings:
+            return
+        k = min(range(len(self._tilings)), key=lambda k: self._tilings[k].tiles)
+        nothing = torch.zeros(self._tilings[k].words(0), dtype=torch.int32, device=self._device)
+        room = torch.zeros(1, dtype=torch.int64, device=self._device)
+        sums = torch.zeros(len(self._placements), dtype=torch.int64, device=self._device)
+        for wanted, write in ((sums, False), (sums, True), (None, True)):
+            self._patches[k](room, wanted, nothing, write=write)
+        unsigned(nothing[:1]).tolist()
 
     def receive(
         self,
@@ -137,15 +150,17 @@ class Changes:
         pulse: Callable[[], None],
         arenas: Sequence[Arena],
     ) -> None:
+        # First of all: what says where they lie is copied in the order of the current stream, and waited for.
+        readings = [Reading([self._placements[i] for i in self._windows[k].tensors], arenas) for k in whole]
         begun = []
-        for k in whole:
+        for k, reading in zip(whole, readings, strict=True):
             window = self._windows[k]
             spans = spans_of(window.runs, [arena.address for arena in arenas])
             event = communicator.broadcast(spans, TRAINER, pulse)
             communicator.follow(event)
-            reading = Reading([self._placements[i] for i in window.tensors], arenas)
             begun.append((window, event, reading.later()))
-        for window, event, digests in begun:
+        for _, event, _ in begun:  # some digests are put behind the last window, and waited for
             communicator.wait(event, PATIENCE_S)
+        for window, _, digests in begun:
             for i, digest in zip(window.tensors, digests(), strict=True):
                 parts[i] = digest

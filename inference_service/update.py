@@ -49,6 +49,7 @@ class Update:
 
     async def open(self) -> None:
         """Do what takes time before bytes can come. Raises as `Incoming.open` does."""
+        self._policy.engine.arriving = not self.in_place
         await self._incoming.open()
 
     def expect(self) -> None:
@@ -230,6 +231,7 @@ class Update:
         if self._checked is not None and not self._checked.cancelled():
             self._checked.exception()  # whoever waited for it has seen it, or has left
         self._incoming.release()
+        policy.engine.arriving = False
         try:
             # A pause that was given up holds nothing, and the lease must not wait for its turn with the engine.
             if policy.engine.held_by(_UPDATE) and not policy.torn:

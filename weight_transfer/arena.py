@@ -46,7 +46,13 @@ class Arena:
         driver does, naming its error.
         """
         size, index = _checked_size(size), _cuda_index(device)
-        return cls(HostArena.create(name, size) if index is None else DeviceArena.create(index, size))
+        if index is None:
+            return cls(HostArena.create(name, size))
+        try:
+            return cls(DeviceArena.create(index, size))
+        except RuntimeError:
+            torch.cuda.empty_cache()  # the driver has not what torch's allocator keeps
+            return cls(DeviceArena.create(index, size))
 
     @classmethod
     def adopt(cls, tensor: torch.Tensor) -> Self:

@@ -102,9 +102,9 @@ def test_memory_of_torchs_is_opened_by_another_process() -> None:
     command = [sys.executable, "-c", OPENS, str(arena.fd), str(arena.size)]
     before = free()
     subprocess.run(command, pass_fds=[arena.fd], check=True, timeout=120)
+    assert free() == before
     assert memory[512:516].tolist() == [7] * 4
     assert memory.sum() == 28
-    assert free() == before
     with pytest.raises(RuntimeError, match="cuIpcOpenMemHandle: CUDA_ERROR"):
         Arena.open(arena.fd, arena.size, "cuda")
 

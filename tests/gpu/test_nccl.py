@@ -196,7 +196,8 @@ from trainer_service.lease import Lease
 from weight_transfer.cuda import nccl
 address, path, mode, where = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).to("cuda:1")
-sparse = where == "sending changes"
+every = {"sending changes": 100, "sending whole": 2}.get(where, 1)
+sparse = every > 1
 weights = PolicyWeights(InferenceClient(address), lambda: model, transport="nccl", mode=mode, sparse=sparse)
 weights.sync()
 def stop(*_):
@@ -218,10 +219,10 @@ if where == "ready":
     nccl.Communicator.broadcast = stop
 if where == "sending":
     Lease.send = stop  # all is on its way, and the commit is not
-if where == "sending changes":
+if sparse:
     nccl.Communicator.wait = stop
 for parameter in model.parameters():
-    parameter.data.view(-1)[::100].add_(1) if sparse else parameter.data.add_(1)
+    parameter.data.view(-1)[::every].add_(1)
 weights.sync()
 """
 
@@ -256,7 +257,9 @@ def until(done: Callable[[], bool], seconds: float) -> float:
 
 @MODES
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGSTOP], ids=["kill", "stop"])
-@pytest.mark.parametrize("where", ["joining", "ahead", "ready", "sending", "sending changes"])
+@pytest.mark.parametrize(
+    "where", ["joining", "ahead", "ready", "sending", "sending changes", "sending whole"]
+)
 def test_a_trainer_that_goes_away_leaves_the_old_version_or_nothing(
     service: Service, policy: Any, checkpoint: Path, mode: str, kind: signal.Signals, where: str
 ) -> None:

@@ -112,6 +112,19 @@ async def test_an_engine_that_is_quiet_is_seen_to_rest_before_the_next_update(
     await forgotten
 
 
+async def test_an_engine_that_is_quiet_is_left_alone_while_an_update_comes_beside_its_weights(
+    engine: Any, core: Core, unfinished: Unfinished
+) -> None:
+    await (await engine.halt("a"))
+    await engine.release("a")
+    await engine.llm.engine_core.add_request_async("request")
+    core.told.clear()
+    engine.arriving = True
+    engine.quiet()
+    await asyncio.sleep(0.1)
+    assert not core.told
+
+
 async def test_nobody_waits_for_the_answer_of_an_engine_that_is_let_go(engine: Any, core: Core) -> None:
     await engine.pause("a")
     core.silent = {"resume"}

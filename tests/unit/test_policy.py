@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from types import SimpleNamespace
 
 import pytest
 
 from inference_service.servicers.weights import WeightServicer
-from tandem.errors import Aborted, FailedPrecondition, InvalidArgument, Reason
+from tandem.errors import Aborted, FailedPrecondition, InvalidArgument, Reason, Unavailable
 from tandem.weights.v1 import weights_pb2
 from tests.policy_machine import Machine, outcome
 from tests.policy_moves import (
@@ -142,6 +143,16 @@ async def test_a_staged_update_stops_generation_only_to_copy() -> None:
     go_on.set()
     assert await task == 2
     assert m.engine.generating
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+async def test_the_engine_knows_while_an_update_comes_beside_its_weights(in_place: bool) -> None:
+    m = Machine()
+    update = await m.begin(in_place=in_place)
+    assert m.policy.engine.arriving is not in_place
+    with contextlib.suppress(Unavailable):
+        await update.abort(untouched=True, reason="enough")
+    assert not m.policy.engine.arriving
 
 
 async def test_every_change_is_told() -> None:

@@ -110,7 +110,7 @@ class Communicator:
         self.device = device
         # Ahead of kernels that are ready when a window ends: those digest what is there, and have time.
         self.stream = _stream(device, priority=-1)
-        self._side = _stream(device)
+        self._side: torch.cuda.Stream | None = None
         self._check = check
         with torch.cuda.device(device):
             with _told():
@@ -156,7 +156,9 @@ class Communicator:
     def beside(self) -> Iterator[None]:
         """Have a stream of this rank's be the current one, for what is to be done while bytes travel: always the same,
         since torch has few, and the next new one may be that on which they do."""
-        with torch.cuda.device(self.device), torch.cuda.stream(self._side):
+        # Only when wanted: torch has few, and a worker's may be vLLM's.
+        side = self._side = self._side or _stream(self.device)
+        with torch.cuda.device(self.device), torch.cuda.stream(side):
             yield
 
     def wait(self, event: torch.cuda.Event, seconds: float = STALL_S) -> None:

@@ -141,12 +141,27 @@ class SparseMirror(Mirror):
             self._base.clear()
             logger.warning("updates stay whole: no memory for what the engine has committed: %s", error)
             return False
-        if not self._finds:
+        fresh = not self._finds
+        if fresh:
             self._finds = [find(tiling, self._arenas, self._base) for tiling in self._tilings]
         for base, now in zip(self._base, self._arenas, strict=True):
             whole = (base.tensor(0, (now.size,), torch.uint8), now.tensor(0, (now.size,), torch.uint8))
             whole[0].copy_(whole[1])
+        if fresh:
+            self._load()
         return True
+
+    def _load(self) -> None:
+        """Have the kernels compiled and loaded: that may wait for all that the device does, and so for the engine."""
+        if not self._tilings:
+            return
+        k = min(range(len(self._tilings)), key=lambda k: self._tilings[k].tiles)
+        message = torch.zeros(self._tilings[k].words(0), dtype=torch.int32, device=self._device)
+        room = torch.zeros(1, dtype=torch.int64, device=self._device)
+        self._finds[k](
+            room, torch.zeros(len(self._manifest), dtype=torch.int64, device=self._device), message
+        )
+        unsigned(message[:1]).tolist()
 
     def _look(self, communicator: Communicator, alive: Callable[[], None]) -> None:
         """Look for changes, and send them. Nothing waits for the host: a message has the room that was told first."""
