@@ -59,5 +59,8 @@ class Session:
     def end(self, reason: str) -> None:
         """It is over: those that are still there may write no more."""
         self.over = True
+        stage, self.stage = self.stage, None
+        if stage is not None:
+            stage.close()
         for tell in list(self._watchers):
             tell(reason)

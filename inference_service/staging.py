@@ -57,6 +57,18 @@ class Staging:
 class MappedStaging(Staging):
     """One that a trainer on this host has mapped too, and writes by itself, in any order, update after update."""
 
+    _used = _over = False
+
+    def use(self) -> None:
+        """An update begins, which will `release` it."""
+        self._used = True
+
+    def close(self) -> None:
+        """The trainer is gone: give the memory back, now or when the update under way is over."""
+        self._over = True
+        if not self._used:
+            super().release()
+
     @property
     def placements(self) -> list[Placement]:
         """Where it writes each tensor of the manifest: arena 0."""
@@ -70,6 +82,9 @@ class MappedStaging(Staging):
         """Give the pages back, though both have them mapped. They come again with the next update."""
         with mmap.mmap(self.arena.fd, self.arena.size) as pages:
             pages.madvise(mmap.MADV_REMOVE)
+        self._used = False
+        if self._over:
+            super().release()
 
 
 def next_piece(

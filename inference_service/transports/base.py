@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from tandem.errors import DataLoss, FailedPrecondition, Reason, invalid
 
 if TYPE_CHECKING:
-    from inference_service.staging import Staging
+    from inference_service.staging import MappedStaging
     from inference_service.trained import TrainedAdapter
     from inference_service.transports.nccl import Invitation
     from weight_transfer.sparse import Packed
@@ -34,7 +34,7 @@ class Way:
     in_place: bool
     partial: bool = False
     adapter: TrainedAdapter | None = None
-    stage: Staging | None = None
+    stage: MappedStaging | None = None
     invitation: Invitation | None = None
 
 

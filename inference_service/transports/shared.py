@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from inference_service.arenas import EngineArenas
-from inference_service.staging import Staging
+from inference_service.staging import MappedStaging
 from inference_service.transports.base import Incoming, compare
 
 
@@ -29,9 +29,10 @@ class SharedInPlace(Incoming):
 class SharedStaged(Incoming):
     """The trainer writes memory of its session's, which is copied over in one short stop."""
 
-    def __init__(self, arenas: EngineArenas, stage: Staging) -> None:
+    def __init__(self, arenas: EngineArenas, stage: MappedStaging) -> None:
         self._arenas = arenas
         self._stage = stage
+        stage.use()
 
     async def check(self, digest: int | None) -> None:
         compare(digest, await asyncio.to_thread(self._stage.digest))

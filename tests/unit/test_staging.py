@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inference_service.arenas import HostArenas
-from inference_service.staging import Staging
+from inference_service.staging import MappedStaging, Staging
 from tandem.errors import DataLoss, FailedPrecondition, InvalidArgument, Reason
 from weight_transfer.arena import Arena
 from weight_transfer.digest import combine, digest_tensors
@@ -158,3 +159,18 @@ def test_a_manifest_of_nothing() -> None:
     staging = Staging(Manifest(()))
     assert staging.complete() == []
     assert staging.digest() == combine([])
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_a_trainers_memory_is_given_back_when_it_is_gone_and_its_update_over(used: bool) -> None:
+    """Whoever still has the object: a traceback keeps it for long."""
+    stage = MappedStaging(MANIFEST)
+    fd = stage.arena.fd
+    if used:
+        stage.use()
+    stage.close()
+    if used:
+        assert os.fstat(fd).st_size == stage.arena.size, "the update under way reads it"
+        stage.release()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
