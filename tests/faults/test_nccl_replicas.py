@@ -17,9 +17,9 @@ from inference_service.arenas import HostArenas
 from tandem.errors import DataLoss, InvalidArgument, Reason
 from tests import host_nccl
 from tests.faults.test_nccl_split import network as splittable
-from tests.faults.test_nccl_trainer import DTYPES
 from tests.faults.test_replicas_die import change
 from tests.host_nccl import on_a_gpu, write
+from tests.over_nccl import DTYPES
 from tests.policies import Engine
 from tests.split_nccl import on_two_gpus
 from tests.weight_service import EngineOf, WeightService, engine_arenas, idle

@@ -9,7 +9,6 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,14 @@ from torch import nn
 from tandem.errors import DataLoss, Reason
 from tandem.weights.v1 import weights_pb2 as pb
 from tests import host_nccl
-from tests.faults.test_nccl_trainer import DTYPES, LEASE_S, MODES, holds, now
 from tests.host_nccl import write
+from tests.over_nccl import DTYPES, LEASE_S, MODES, Make, client, holds, now, serving, trainers
 from tests.split_nccl import on_two_gpus, split
 from tests.weight_service import WeightService, _processes
 from trainer_service.client import InferenceClient
-from trainer_service.weights import PolicyWeights
 from weight_transfer.transports.nccl import NcclTransport
+
+__all__ = ["client"]  # a fixture
 
 
 def network(dtype: torch.dtype = torch.bfloat16) -> nn.Module:
@@ -37,31 +37,14 @@ def network(dtype: torch.dtype = torch.bfloat16) -> nn.Module:
 
 @pytest.fixture
 def service(tmp_path: Path) -> Iterator[WeightService]:
-    service = WeightService(f"unix://{tmp_path}/s", LEASE_S, network, on_two_gpus)
-    service.start()
-    yield service
-    service.kill()
+    with serving(tmp_path, network, on_two_gpus) as service:
+        yield service
 
 
 @pytest.fixture
-def client(service: WeightService) -> Iterator[InferenceClient]:
-    with closing(InferenceClient(service.address)) as client, host_nccl.instead_of_nccl():
-        client.wait_until_serving(20)
-        yield client
-
-
-@pytest.fixture
-def trainer(client: InferenceClient) -> Iterator[Any]:
-    made: list[PolicyWeights] = []
-
-    def make(mode: str, dtype: torch.dtype = torch.bfloat16) -> tuple[nn.Module, PolicyWeights]:
-        model = network(dtype)
-        made.append(PolicyWeights(client, lambda: model, transport="nccl", mode=mode, timeout_s=20))
-        return model, made[-1]
-
-    yield make
-    for weights in made:
-        weights.detach()
+def trainer(client: InferenceClient) -> Iterator[Make]:
+    with trainers(client, network) as make:
+        yield make
 
 
 def test_nobody_has_a_whole_matrix() -> None:

@@ -8,74 +8,38 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from tandem import rpc
 from tandem.errors import DataLoss, FailedPrecondition, Reason, TandemError
 from tandem.weights.v1 import weights_pb2 as pb
 from tests import host_nccl
 from tests.host_nccl import write
+from tests.over_nccl import DTYPES, LEASE_S, MODES, Make, client, holds, now, serving, trainers
 from tests.weight_service import WeightService, _processes, network
 from trainer_service.client import InferenceClient
 from trainer_service.lease import Lease
 from trainer_service.weights import PolicyWeights
-from weight_transfer.transports.base import digest_of
 from weight_transfer.transports.nccl import NcclTransport
 
-LEASE_S = 0.6
-MODES = pytest.mark.parametrize("mode", ["in_place", "staged"])
-DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["mirror", "buckets"])
+__all__ = ["client"]  # a fixture
 
 
 @pytest.fixture
 def service(tmp_path: Path) -> Iterator[WeightService]:
-    service = WeightService(f"unix://{tmp_path}/s", LEASE_S, engine_of=host_nccl.on_a_gpu)
-    service.start()
-    yield service
-    service.kill()
+    with serving(tmp_path) as service:
+        yield service
 
 
 @pytest.fixture
-def client(service: WeightService) -> Iterator[InferenceClient]:
-    with closing(InferenceClient(service.address)) as client, host_nccl.instead_of_nccl():
-        client.wait_until_serving(20)
-        yield client
-
-
-@pytest.fixture
-def trainer(client: InferenceClient) -> Iterator[Callable[..., tuple[nn.Module, PolicyWeights]]]:
-    made: list[PolicyWeights] = []
-
-    def make(mode: str = "", dtype: torch.dtype = torch.bfloat16) -> tuple[nn.Module, PolicyWeights]:
-        model = network(dtype)
-        made.append(PolicyWeights(client, lambda: model, transport="nccl", mode=mode, timeout_s=20))
-        return model, made[-1]
-
-    yield make
-    for weights in made:
-        weights.detach()
-
-
-def now(client: InferenceClient, *, digest: bool = False) -> Any:
-    with rpc.translated():
-        return client.weights.GetWeightVersion(pb.GetWeightVersionRequest(include_digest=digest), timeout=10)
-
-
-def holds(client: InferenceClient, weights: PolicyWeights) -> bool:
-    """Whether the engine has the trainer's policy, bit for bit, as the version that it was told."""
-    session = weights._session
-    assert session is not None
-    answer = now(client, digest=True)
-    assert answer.state == pb.WEIGHT_STATE_COMMITTED
-    assert answer.weight_version == weights.weight_version
-    return bool(answer.digest == digest_of(session.carried, weights._policy(session.names)))
+def trainer(client: InferenceClient) -> Iterator[Make]:
+    with trainers(client) as make:
+        yield make
 
 
 @MODES

@@ -1,0 +1,47 @@
+"""A trainer whose updates by NCCL bring what changed alone: fixtures, and what their tests do to a policy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tests.host_nccl import wide
+from tests.over_nccl import Make, client, serving, trainers
+from tests.weight_service import WeightService
+from trainer_service.client import InferenceClient
+from weight_transfer.sparse import bits
+from weight_transfer.transports import nccl_sparse
+
+__all__ = ["client", "service", "trainer"]  # fixtures
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[WeightService]:
+    with serving(tmp_path, wide) as service:
+        yield service
+
+
+@pytest.fixture
+def trainer(client: InferenceClient, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
+    monkeypatch.setattr(nccl_sparse, "_AHEAD_BYTES", 0)  # memory of messages is used again and again
+    with trainers(client, lambda dtype: wide().to(dtype), sparse=True) as make:
+        yield make
+
+
+def change(model: nn.Module, share: float, seed: int) -> int:
+    """Other bits in that share of the elements, anywhere. Returns how many elements those are."""
+    generator, count = torch.Generator().manual_seed(seed), 0
+    for parameter in model.parameters():
+        flat = bits(parameter)
+        where = (torch.rand(flat.shape, generator=generator) < share).nonzero().view(-1)
+        flat[where] ^= torch.randint(1, 1 << 15, where.shape, generator=generator).to(flat.dtype)
+        count += len(where)
+    return count
+
+
+def size(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
