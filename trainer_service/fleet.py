@@ -13,8 +13,8 @@ from weight_transfer import digest as digests
 from weight_transfer.cuda.nccl import NcclError
 from weight_transfer.cuda.several import End, Several
 from weight_transfer.transports import Moved, SourceTensor, TransportError
-from weight_transfer.transports.nccl import Layout, NcclTransport
-from weight_transfer.transports.outgoing import Buckets, Mirror, Outgoing, mirrored
+from weight_transfer.transports.nccl import NcclTransport
+from weight_transfer.transports.outgoing import Buckets, Layout, Mirror, Outgoing, mirrored
 
 _TRIES = 2
 
@@ -86,7 +86,7 @@ class Fleet:
                 return outgoing
         taken = any(isinstance(outgoing, Mirror) for _, outgoing in self._outgoing)
         kind = Mirror if mirrored(way.layout.manifest, policy) and not taken else Buckets
-        outgoing = way.layout.made(kind)
+        outgoing = kind(way.layout)
         self._outgoing.append((way.layout, outgoing))
         return outgoing
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -22,34 +21,11 @@ from weight_transfer.transports.base import (
     WeightTransport,
 )
 from weight_transfer.transports.nccl_sparse import SparseMirror
-from weight_transfer.transports.outgoing import Buckets, Mirror, Outgoing, mirrored
-from weight_transfer.windows import Window, windows
+from weight_transfer.transports.outgoing import Buckets, Layout, Mirror, Outgoing, mirrored
+from weight_transfer.windows import windows
 
 TRAINER = 0
 """The trainer's rank. Those of the engine's workers come behind it."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How an engine takes a policy.
-
-    placements: where each tensor lies, in the manifest's order. sizes: bytes of the arenas. cut: in which windows.
-    """
-
-    manifest: Manifest
-    placements: tuple[Placement, ...]
-    sizes: tuple[int, ...]
-    cut: tuple[Window, ...]
-    device: torch.device
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that travel."""
-        return sum(window.nbytes for window in self.cut)
-
-    def made(self, kind: type[Outgoing]) -> Outgoing:
-        """Memory of this layout, or of its windows."""
-        return kind(self.manifest, self.placements, self.cut, self.sizes, self.device)
 
 
 class NcclTransport(WeightTransport):
@@ -200,8 +176,8 @@ class NcclTransport(WeightTransport):
 
     def _chosen(self, policy: Sequence[SourceTensor]) -> Outgoing:
         if not mirrored(self._manifest, policy):
-            return self.layout.made(Buckets)
-        return self.layout.made(SparseMirror if self._sparse else Mirror)
+            return Buckets(self.layout)
+        return SparseMirror(self.layout) if self._sparse else Mirror(self.layout)
 
     def _leave(self) -> None:
         communicator, self._communicator = self._communicator, None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -14,13 +14,10 @@ from weight_transfer.arena import Arena
 from weight_transfer.cuda.nccl import Communicator, Span
 from weight_transfer.cuda.several import Several
 from weight_transfer.digest import finished
-from weight_transfer.manifest import Manifest
 from weight_transfer.patches import Find, find
-from weight_transfer.placement import Placement
 from weight_transfer.tiles import ENTRY, HEADER, finer, tilings
 from weight_transfer.transports.base import SourceTensor
-from weight_transfer.transports.outgoing import TRAINER, Mirror, nothing_travels, spans_of
-from weight_transfer.windows import Window
+from weight_transfer.transports.outgoing import TRAINER, Layout, Mirror, nothing_travels, spans_of
 
 logger = logging.getLogger(__name__)
 
@@ -54,20 +51,13 @@ class SparseMirror(Mirror):
     engine has, and the next update is whole: nothing that changed is lost.
     """
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        placements: Sequence[Placement],
-        windows: Sequence[Window],
-        arena_sizes: Sequence[int],
-        device: torch.device,
-    ) -> None:
+    def __init__(self, layout: Layout) -> None:
         """As `Mirror`. Raises ValueError for a policy of which changes cannot be told."""
-        self._finer = finer(windows, placements)
-        self._tilings = tilings(self._finer, placements)
-        super().__init__(manifest, placements, windows, arena_sizes, device)
-        self._device = device
-        self._sizes = np.array([spec.nbytes for spec in manifest], np.uint64)
+        self._finer = finer(layout.cut, layout.placements)
+        self._tilings = tilings(self._finer, layout.placements)
+        super().__init__(layout)
+        self._device = layout.device
+        self._sizes = np.array([spec.nbytes for spec in layout.manifest], np.uint64)
         self._last: list[int | None] = [None] * len(self._finer)  # units that changed, of each window
         self._base: list[Arena] = []
         self._finds: list[Find] = []

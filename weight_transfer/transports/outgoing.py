@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,25 @@ from weight_transfer.write import write
 TRAINER = 0  # the rank whose bytes travel
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How an engine takes a policy.
+
+    placements: where each tensor lies, in the manifest's order. sizes: bytes of the arenas. cut: in which windows.
+    """
+
+    manifest: Manifest
+    placements: tuple[Placement, ...]
+    sizes: tuple[int, ...]
+    cut: tuple[Window, ...]
+    device: torch.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that travel."""
+        return sum(window.nbytes for window in self.cut)
+
+
 class Outgoing(ABC):
     """The trainer's memory that is sent, on one GPU.
 
@@ -31,19 +51,11 @@ class Outgoing(ABC):
 
     changed: int | None = None
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        placements: Sequence[Placement],
-        windows: Sequence[Window],
-        arena_sizes: Sequence[int],
-        device: torch.device,
-    ) -> None:
-        """For tensors that lie in arenas of these sizes as `placements` says, in the manifest's order."""
-        self._manifest = manifest
-        self._placements = list(placements)
-        self._windows = list(windows)
-        self.nbytes = sum(window.nbytes for window in windows)
+    def __init__(self, layout: Layout) -> None:
+        """For a policy that lies as `layout` says."""
+        self._manifest = layout.manifest
+        self._windows = layout.cut
+        self.nbytes = layout.nbytes
 
     def stands(self) -> bool:
         """Whether every tensor is in this memory by itself, so that `send` needs none of them."""
@@ -93,19 +105,12 @@ class Outgoing(ABC):
 class Mirror(Outgoing):
     """The whole policy, laid out as the engine has it. Parameters of its dtypes become views of it."""
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        placements: Sequence[Placement],
-        windows: Sequence[Window],
-        arena_sizes: Sequence[int],
-        device: torch.device,
-    ) -> None:
-        super().__init__(manifest, placements, windows, arena_sizes, device)
-        arenas = self._arenas = [Arena.create("tandem-mirror", size, device) for size in arena_sizes]
-        self._spans = [spans_of(window.runs, [arena.address for arena in arenas]) for window in windows]
-        self._memory = SharedTransport(manifest, placements, arenas)
-        self._reading = Reading(placements, arenas)
+    def __init__(self, layout: Layout) -> None:
+        super().__init__(layout)
+        arenas = self._arenas = [Arena.create("tandem-mirror", size, layout.device) for size in layout.sizes]
+        self._spans = [spans_of(window.runs, [arena.address for arena in arenas]) for window in layout.cut]
+        self._memory = SharedTransport(layout.manifest, layout.placements, arenas)
+        self._reading = Reading(layout.placements, arenas)
         self._sent: tuple[list[Any], Callable[[], list[int]], torch.cuda.Event] | None = None
 
     def start(self, communicator: Communicator | Several, alive: Callable[[], None]) -> None:
@@ -151,25 +156,20 @@ class Mirror(Outgoing):
 class Buckets(Outgoing):
     """Two buckets, each with room for a window: one is filled while the other is on its way."""
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        placements: Sequence[Placement],
-        windows: Sequence[Window],
-        arena_sizes: Sequence[int],
-        device: torch.device,
-    ) -> None:
-        super().__init__(manifest, placements, windows, arena_sizes, device)
-        layouts = [in_bucket(window.runs) for window in windows]
+    def __init__(self, layout: Layout) -> None:
+        super().__init__(layout)
+        layouts = [in_bucket(window.runs) for window in layout.cut]
         size = max((end for _, end in layouts), default=1)
-        self._buckets = [Arena.create("tandem-bucket", max(size, 1), device) for _ in range(2)]
+        self._buckets = [Arena.create("tandem-bucket", max(size, 1), layout.device) for _ in range(2)]
         self._spans: list[list[Span]] = []
         self._places: list[list[tuple[int, Placement]]] = []
-        for k, (window, (starts, _)) in enumerate(zip(windows, layouts, strict=True)):
+        for k, (window, (starts, _)) in enumerate(zip(layout.cut, layouts, strict=True)):
             bucket = self._buckets[k % 2].address
             runs = zip(window.runs, starts, strict=True)
             self._spans.append([(bucket + start, run.nbytes) for run, start in runs])
-            self._places.append([(i, moved(placements[i], window.runs, starts)) for i in window.tensors])
+            self._places.append(
+                [(i, moved(layout.placements[i], window.runs, starts)) for i in window.tensors]
+            )
 
     def send(
         self,
