@@ -10,7 +10,8 @@ import pytest
 import structlog
 
 from tests import models
-from tests.services import Service, inference_service
+from tests.services import Service
+from tests.shared import restore_all, shared_service
 
 
 @pytest.fixture(scope="session")
@@ -33,12 +34,17 @@ def socket_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def as_they_began() -> None:
+    """A file finds the checkpoints' weights in the services that it shares, whichever files ran before it."""
+    restore_all()
+
+
 @pytest.fixture(scope="session")
 def llama(checkpoints: dict[str, Path]) -> Iterator[Service]:
-    """A service of the tiny Llama, for tests that leave it committed, serving and without a session."""
-    with tempfile.TemporaryDirectory(prefix="tdm") as folder:
-        with inference_service(checkpoints["llama"], Path(folder)) as service:
-            yield service
+    """A service of the tiny Llama."""
+    with shared_service(checkpoints["llama"]) as service:
+        yield service
 
 
 @pytest.fixture(scope="session")
@@ -49,13 +55,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def mixed(checkpoints: dict[str, Path], reference: Path) -> Iterator[Service]:
-    """The tiny Llama in float32 with a reference model, and room for an adapter. For tests that leave it as `llama`."""
-    with tempfile.TemporaryDirectory(prefix="tdm") as folder:
-        with inference_service(
-            checkpoints["llama"],
-            Path(folder),
-            f"--reference-model={reference}",
-            dtype="float32",
-            enable_lora="true",
-        ) as service:
-            yield service
+    """The tiny Llama in float32 with a reference model, and room for an adapter."""
+    flag = f"--reference-model={reference}"
+    with shared_service(checkpoints["llama"], flag, dtype="float32", enable_lora="true") as service:
+        yield service

@@ -138,14 +138,17 @@ class Rollouts:
         with self._some:
             self._stop = min(map(len, self.tokens)) + more
 
-    def frozen(self) -> bool:
-        """Wait for the stop. False if it came so late that the rollouts may end before they meet anything."""
+    def frozen(self, latest: int | None = None) -> bool:
+        """Wait for the stop. False if it came after `latest` tokens of a rollout: by default so late that the rollouts
+        may end before they meet anything.
+        """
+        latest = self._max_tokens - 60 if latest is None else latest
         with self._some:
             found = self._some.wait_for(lambda: self._frozen or any(self.finish), 60)
             assert found
             in_time = self._frozen and not any(self.finish)
         sampled = generated(self._service) - self._before
-        if in_time and sampled < len(PROMPTS) * (self._max_tokens - 60):
+        if in_time and sampled < len(PROMPTS) * latest:
             return True
         self.thaw()
         return False

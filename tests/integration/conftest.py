@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +9,8 @@ import pytest
 
 from tests.faults import raw
 from tests.faults.plane import Plane
-from tests.services import Service, inference_service
+from tests.services import Service
+from tests.shared import shared_service
 
 
 @pytest.fixture(scope="session")
@@ -18,22 +18,18 @@ def exact(checkpoints: dict[str, Path]) -> Iterator[Service]:
     """The tiny Llama in float32, where every number can be checked closely; with adapters, templates of callers and
     small messages.
 
-    For tests that leave it as it was, but for its version: committed, serving, without adapters.
+    For tests that leave it without adapters.
     """
-    with (
-        tempfile.TemporaryDirectory(prefix="tdm") as folder,
-        inference_service(
-            checkpoints["llama"],
-            Path(folder),
-            "--max-message-bytes=65536",
-            "--allow-chat-templates",
-            dtype="float32",
-            enable_lora="true",
-            max_lora_rank="8",
-            max_num_seqs="64",
-            max_logprobs="259",
-        ) as service,
-    ):
+    with shared_service(
+        checkpoints["llama"],
+        "--max-message-bytes=65536",
+        "--allow-chat-templates",
+        dtype="float32",
+        enable_lora="true",
+        max_lora_rank="8",
+        max_num_seqs="64",
+        max_logprobs="259",
+    ) as service:
         yield service
 
 
