@@ -17,7 +17,7 @@ from inference_service.arenas import HostArenas
 from tandem.errors import DataLoss, InvalidArgument, Reason
 from tests import host_nccl
 from tests.faults.test_nccl_split import network as splittable
-from tests.faults.test_replicas_die import change
+from tests.fleets import change
 from tests.host_nccl import on_a_gpu, write
 from tests.over_nccl import DTYPES
 from tests.policies import Engine
