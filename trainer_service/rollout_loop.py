@@ -125,6 +125,7 @@ class RemoteLoop(AsyncRolloutLoop):
         self._turns = turns
         self._numbers: dict[int, int] = defaultdict(int)  # rollouts that a group has begun
         self._oldest: dict[int, int] = {}
+        self.error: BaseException | None = None  # what ended it
         super().__init__(**kwargs)
         self._calls = ThreadPoolExecutor(self.max_inflight_tasks, "tandem-turns")
 
@@ -133,6 +134,9 @@ class RemoteLoop(AsyncRolloutLoop):
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._generate_loop(stop_event=stop_event))
                 tasks.create_task(self._score_loop(stop_event=stop_event))
+        except BaseExceptionGroup as errors:
+            self.error = errors.exceptions[0]  # there before TRL's loop says that it failed
+            raise
         finally:
             self._turns.stop()
             self._calls.shutdown(wait=True, cancel_futures=True)

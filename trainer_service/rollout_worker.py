@@ -47,7 +47,6 @@ class RolloutWorker(AsyncRolloutWorker):
         self._turns: Callable[[], Turns] | None = None
         self._heartbeat = SimpleNamespace(value=0.0)
         self._failed = threading.Event()
-        self._error: BaseException | None = None
         self._loop: RemoteLoop | None = None
         self._thread: threading.Thread | None = None
 
@@ -99,19 +98,16 @@ class RolloutWorker(AsyncRolloutWorker):
     def check_health(self, stale_after_s: float) -> None:
         """Raise what ended the loop, or that it hangs."""
         if self._failed.is_set():
-            raise RuntimeError("no more rollouts are made") from self._error
+            why = self._loop.error if self._loop else None
+            raise RuntimeError("no more rollouts are made") from why
         age = time.time() - self._heartbeat.value
         if age > stale_after_s:
             raise RuntimeError(f"the loop that makes rollouts hangs: nothing was heard of it for {age:.0f} s")
 
     def _run(self) -> None:
         assert self._loop is not None  # noqa: S101  for the type checker
-        try:
+        with suppress(BaseException):  # told by `check_health`
             self._loop.run()
-        except BaseExceptionGroup as errors:
-            self._error = errors.exceptions[0]
-        except BaseException as error:  # noqa: BLE001  told by `check_health`
-            self._error = error
 
 
 class _Version:

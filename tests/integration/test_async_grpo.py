@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -260,8 +261,11 @@ def broken(completions: list[Any], **_: Any) -> list[float]:
 
 
 def test_a_reward_that_is_none_ends_the_training(
-    service: Service, checkpoints: dict[str, Path], tmp_path: Path
+    service: Service, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The trainer hears why as soon as it hears that, however long TRL's loop then takes to log it."""
+    log = "trl.experimental.async_grpo.async_rollout_worker.logger.exception"
+    monkeypatch.setattr(log, lambda *said: time.sleep(2))
     trainer = AsyncGRPOTrainer(
         str(checkpoints["llama"]),
         broken,
