@@ -136,10 +136,11 @@ async def test_a_slow_reader_parks_the_handler(serve: Serve, engine: ScriptedEng
     async with connect_aio(serving.addresses[0]) as channel:
         call = Raw(channel).unary_stream(b"")
         assert await call.read() == chunk
-        await asyncio.sleep(0.5)
-        parked = written
-        await asyncio.sleep(0.5)
-        assert written == parked
+        parked = -1
+        async with asyncio.timeout(5):
+            while written != parked:
+                parked = written
+                await asyncio.sleep(0.5)
         assert parked * len(chunk) < 16 * MIB
         received = 1
         while await call.read() is not grpc.aio.EOF:
@@ -216,17 +217,26 @@ def test_systemd_hands_over_no_socket() -> None:
 
 
 async def test_a_channel_finds_a_restarted_server(serve: Serve) -> None:
-    first: Serving = await serve()
-    async with connect_aio(first.addresses[0]) as channel:
-        stub = engine_pb2_grpc.EngineServiceStub(channel)
-        await stub.GetStats(engine_pb2.GetStatsRequest())
-        first.request_stop(now=True)
-        await first.wait()
-        assert translate(await failure(stub.Pause(engine_pb2.PauseRequest()))).reason is Reason.UNREACHABLE
-        await serve()
-        begin = time.monotonic()
-        await stub.GetStats(engine_pb2.GetStatsRequest(), wait_for_ready=True, timeout=10)
-        assert time.monotonic() - begin < 0.6  # by gRPC's own backoff 0.8 at least
+    took: list[float] = []
+    while len(took) < 3 and min(took, default=0.6) >= 0.6:  # a busy machine may be late
+        serving: Serving = await serve()
+        async with connect_aio(serving.addresses[0]) as channel:
+            stub = engine_pb2_grpc.EngineServiceStub(channel)
+            await stub.GetStats(engine_pb2.GetStatsRequest())
+            await ended(serving)
+            error = translate(await failure(stub.Pause(engine_pb2.PauseRequest())))
+            assert error.reason is Reason.UNREACHABLE
+            serving = await serve()
+            begin = time.monotonic()
+            await stub.GetStats(engine_pb2.GetStatsRequest(), wait_for_ready=True, timeout=10)
+            took.append(time.monotonic() - begin)
+        await ended(serving)
+    assert min(took) < 0.6  # by gRPC's own backoff 0.8 at least, each time
+
+
+async def ended(serving: Serving) -> None:
+    serving.request_stop(now=True)
+    await serving.wait()
 
 
 async def test_a_proxy_for_the_web_is_not_asked(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,15 +102,24 @@ print(heavy & {{module.partition(".")[0] for module in sys.modules}} or "light")
 
 @pytest.mark.parametrize("name", ["", *OWN])
 def test_help_answers_at_once(name: str) -> None:
-    """In less than 200 ms of the processor, which a busy machine does not change. Caches may be cold at first."""
-    command = [sys.executable, "-m", "tandem.cli", *filter(None, [name]), "--help"]
-    took = []
-    while len(took) < 5 and min(took, default=1.0) >= 0.2:
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run(command, capture_output=True, check=True, timeout=60)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        took.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(took) < 0.2, f"tandem {name} --help: {took}"
+    """In less than 200 ms of the processor, or of a processor that is slower now, in what 16 bare Pythons take.
+
+    Caches may be cold at first.
+    """
+    bare, took, most = [], [], 0.2
+    while len(took) < 5 and min(took, default=most) >= most:
+        bare.append(processor_seconds("-c", "pass"))
+        took.append(processor_seconds("-m", "tandem.cli", *filter(None, [name]), "--help"))
+        most = max(0.2, 16 * min(bare))
+    assert min(took) < most, f"tandem {name} --help: {took}, a bare Python: {bare}"
+
+
+def processor_seconds(*arguments: str) -> float:
+    """Of a Python that is run with these."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, *arguments], capture_output=True, check=True, timeout=60)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def test_every_command_is_documented() -> None:

@@ -251,7 +251,7 @@ async def test_a_broken_request_stream_is_not_taken_for_an_ended_one(
     engine.stream_stream = stream
     serving = await serve()
     channel = connect_aio(serving.addresses[0])
-    call = Raw(channel).stream_stream(timeout=0.3 if how == "deadline" else None)
+    call = Raw(channel).stream_stream(timeout=1.0 if how == "deadline" else None)
     await call.write(b"begin")
     assert await call.read() == b"begin"
     if how == "cancel":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import socket
 import subprocess
@@ -147,10 +148,12 @@ async def test_every_kind_of_call_and_end_is_counted(serve: Serve, engine: Scrip
         await raw.stream_unary(iter([b""]))
         assert [message async for message in raw.unary_stream(b"")] == [b""]
         assert [message async for message in raw.stream_stream(iter([b""]))] == [b""]
-        cancelled, late = raw.watch(b""), raw.watch(b"", timeout=0.3)
+        cancelled = raw.watch(b"")
         await cancelled.read()
         cancelled.cancel()
         await failure(channel.unary_unary("/made.up/Name")(b""))
+        # gRPC sends a second and more rounded up: the service would be told of the end before it was due.
+        late = raw.watch(b"", timeout=0.9)
         await late.read()
         await failure(late.read())
         await eventually(lambda: [counted(*end) for end in ends] == [count + 1 for count in ends_before])
@@ -167,13 +170,24 @@ async def test_every_kind_of_call_and_end_is_counted(serve: Serve, engine: Scrip
 
 
 async def test_a_blocked_event_loop_shows(serve: Serve) -> None:
-    serving = await serve()
-    await asyncio.sleep(0.3)
-    assert serving.max_lag_s < 0.2
-    time.sleep(0.4)  # noqa: ASYNC251  # the mistake to be seen
-    await asyncio.sleep(0.2)
-    assert 0.25 < serving.max_lag_s < 2
-    assert (prometheus_client.REGISTRY.get_sample_value("event_loop_lag_seconds") or 0) == serving.max_lag_s
+    gc.collect()
+    gc.disable()  # or it might be what blocks the loop
+    try:
+        for _ in range(10):  # a busy machine may block it as well
+            serving = await serve()
+            await asyncio.sleep(0.3)
+            if serving.max_lag_s < 0.2:
+                break
+            serving.request_stop(now=True)
+            await serving.wait()
+        else:
+            pytest.fail("a loop that nothing blocks shows as one that is blocked")
+        time.sleep(0.4)  # noqa: ASYNC251  # the mistake to be seen
+        await asyncio.sleep(0.2)
+        assert 0.25 < serving.max_lag_s < 2
+        assert prometheus_client.REGISTRY.get_sample_value("event_loop_lag_seconds") == serving.max_lag_s
+    finally:
+        gc.enable()
 
 
 class Systemd:
@@ -205,12 +219,14 @@ async def test_systemd_hears_of_ready_watchdog_and_stopping(
     monkeypatch.setenv("NOTIFY_SOCKET", f"@{name}" if abstract else name)
     monkeypatch.setenv("WATCHDOG_USEC", "200000")
     monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()))
+    began = time.monotonic()
     serving: Serving = await serve()
     assert not {"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"} & set(os.environ), (
         "children must not speak for us"
     )
+    assert serving._notifier.watchdog_s == 0.2
     serving.status("loading")
-    await asyncio.sleep(0.5)
+    await eventually(lambda: systemd.listen().count("WATCHDOG=1") >= 3)
     serving.set_serving(RAW, True)
     assert "READY=1" not in systemd.listen()
     serving.set_serving(ENGINE, True)
@@ -220,7 +236,7 @@ async def test_systemd_hears_of_ready_watchdog_and_stopping(
     await serving.wait()
     heard = systemd.listen()
     systemd.close()
-    assert 3 <= heard.count("WATCHDOG=1") <= 10
+    assert heard.count("WATCHDOG=1") <= (time.monotonic() - began) / 0.1 + 2, "in half of its time each"
     assert [message for message in heard if message != "WATCHDOG=1"] == [
         "STATUS=loading",
         "READY=1",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,9 +88,10 @@ async def test_a_failed_start_leaves_nothing_behind(
     for _ in range(3):
         with pytest.raises(FailedPrecondition):
             await serve(addresses=(f"unix://{folder}/a", taken), metrics_address="127.0.0.1:0", insecure=True)
-    await asyncio.sleep(0.2)
-    assert not (folder / "a").exists()
-    assert open_descriptors() <= before
+    end = time.monotonic() + 5
+    while (folder / "a").exists() or open_descriptors() > before:  # gRPC closes its own a moment later
+        assert time.monotonic() < end, "a socket or a descriptor was left"
+        await asyncio.sleep(0.02)
     assert await answers((await serve(addresses=(f"unix://{folder}/a",))).addresses[0])
 
 

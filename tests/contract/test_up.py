@@ -134,7 +134,8 @@ def test_killed_it_leaves_nothing_either(up: Up) -> None:
 
 
 def test_services_that_do_not_serve_in_time_are_told_of(up: Up) -> None:
-    process = up("--timeout", "1", dies="loads for ever", which="trainer_service")
-    _, err = process.communicate(timeout=20)
+    # In which the other one has to serve, or it would be told of.
+    process = up("--timeout", "6", dies="loads for ever", which="trainer_service")
+    _, err = process.communicate(timeout=25)
     assert process.returncode == 1
-    assert "tandem: DEADLINE: trainer did not serve within 1 s" in err
+    assert "tandem: DEADLINE: trainer did not serve within 6 s" in err
