@@ -187,13 +187,14 @@ def test_open_refuses_closed_descriptors(arena: Arena) -> None:
 
 
 def test_refused_descriptors_do_not_leak(arena: Arena) -> None:
+    gc.collect()  # what earlier tests left to the collector is not ours to count
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(20):
         with pytest.raises(ValueError, match="expected"):
             Arena.open(arena.fd, SIZE + 1)
         with pytest.raises(OSError, match="mmap"):
             Arena.create("tandem-test", 2**62)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 PEER = """

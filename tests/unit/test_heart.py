@@ -37,7 +37,7 @@ def test_each_beats_in_its_own_time_from_one_thread() -> None:
     until(1, slow)
     assert slow.at[0] - began >= 0.4
     assert slow.threads == quick.threads != {threading.get_ident()}
-    assert all(later - earlier >= 0.019 for earlier, later in zip(quick.at, quick.at[1:], strict=False))
+    assert all(at - began >= 0.02 * k for k, at in enumerate(quick.at, 1)), "never too often"
     heart.remove(slow)
     heart.remove(quick)
 
@@ -47,7 +47,7 @@ def test_one_that_was_removed_beats_no_more_and_the_next_does() -> None:
     heart.add(first, 0.01)
     until(2, first)
     heart.remove(first)
-    time.sleep(0.05)
+    time.sleep(0.3)  # one that had begun may end
     beats = len(first.at)
     time.sleep(0.05)
     assert len(first.at) == beats

@@ -78,12 +78,13 @@ async def test_a_slow_folder_holds_up_nobody_and_kills_nothing(
     engine._timeout_s = 0.25
     (tmp_path / "adapter_config.json").write_text(json.dumps({}))
     save_file({"m.lora_A.weight": torch.zeros(1, 1)}, tmp_path / "adapter_model.safetensors")
-    reached, go_on, copy = threading.Event(), threading.Event(), loras._copy
+    reached, go_on, copied, copy = threading.Event(), threading.Event(), threading.Event(), loras._copy
 
     def slow(*args: Any) -> None:
         reached.set()
         assert go_on.wait(10)
         copy(*args)
+        copied.set()
 
     async def add_lora(request: Any) -> None:
         core.told.append(request.lora_name)
@@ -104,8 +105,10 @@ async def test_a_slow_folder_holds_up_nobody_and_kills_nothing(
     core.silent = {"keep"}  # a copy that is never loaded goes
     pausing = asyncio.ensure_future(engine.pause("a"))
     await asyncio.sleep(0.05)
+    copied.clear()
     loading = asyncio.ensure_future(engine.load_lora("y", str(tmp_path)))
-    await asyncio.sleep(0.1)
+    assert await asyncio.to_thread(copied.wait, 30)
+    assert len(list(Path(engine.loras._folder).iterdir())) == 2
     loading.cancel()
     await asyncio.wait({loading})
     core.silent.clear()

@@ -121,7 +121,7 @@ async def test_one_that_says_nothing_is_given_up_and_another_may_come(link: Link
     with pytest.raises(Aborted, match="nothing was heard") as lost:
         await link.answered(link.order("receive", staged=False, window=64))
     assert lost.value.reason == Reason.LEASE_LOST
-    assert SILENT_S <= time.monotonic() - began < SILENT_S + 1
+    assert SILENT_S <= time.monotonic() - began < SILENT_S + 4
     opening = asyncio.ensure_future(link.open())
     await asyncio.sleep(0.2)
     assert "close" not in hung.done, "the new one waits until the last has given back what it has"
@@ -160,8 +160,9 @@ async def test_memory_that_only_updates_need_goes_back_when_none_comes(
 ) -> None:
     monkeypatch.setattr(worker_link, "_IDLE_S", 0.05)
     await link.answered(link.order("join", id="", staged=True, window=64))
-    await asyncio.sleep(0.3)
-    assert "rest" in worker.orders.done
+    async with asyncio.timeout(5):
+        while "rest" not in worker.orders.done:  # noqa: ASYNC110  # it happens in a thread
+            await asyncio.sleep(0.01)
 
 
 async def test_without_a_worker_nothing_is_waited_for(worker: Worker) -> None:
@@ -238,5 +239,5 @@ async def test_one_of_two_workers_that_says_nothing_is_enough(two: tuple[Link, l
     began = time.monotonic()
     with pytest.raises(Aborted, match="nothing was heard"):
         await link.answered(link.order("receive", staged=False, window=64))
-    assert time.monotonic() - began < SILENT_S + 1
+    assert time.monotonic() - began < SILENT_S + 4
     stuck.set()

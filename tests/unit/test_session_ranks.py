@@ -65,7 +65,7 @@ async def test_all_ranks_fetch_the_descriptors_and_any_of_them_ends_the_session(
 async def test_a_rank_that_never_fetches_the_descriptors_ends_the_session(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sessions_module, "ATTACH_SECONDS", 0.1)
+    monkeypatch.setattr(sessions_module, "ATTACH_SECONDS", 1.0)  # in which one rank has to
     sessions, session = await split(make)
     fds, connection = await attach(sessions, session.token)
     close(fds)
