@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,14 @@ import structlog
 from tests import models
 from tests.services import Service
 from tests.shared import restore_all, shared_service
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays. Collections that looked through all of it would stop threads that must beat in time."""
+    import hypothesis  # noqa: F401  # which looks for who refers to what, and would not find what is frozen
+
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,7 @@ class Engine:
         self.info = SimpleNamespace(model="m")
         self.asleep = self.paused = self.dead = False
         self.ended: list[str] = []
+        self.loaded = asyncio.Event()
 
     def stop_listening(self) -> None:
         self.ended.append("deaf")
@@ -60,12 +61,18 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
             engine=engine, version=1, changed=[], manifest=manifest, torn=False, state=WeightState.COMMITTED
         )
 
+    async def loaded(sessions: Sessions) -> None:  # the last that loading waits for
+        made.loaded.set()
+
     monkeypatch.setattr(server, "Engine", SimpleNamespace(start=start))
     monkeypatch.setattr(server, "collect", collect)
     monkeypatch.setattr(server, "Policy", policy)
     monkeypatch.setattr(server, "Sessions", Sessions)
+    monkeypatch.setattr(Sessions, "start", loaded)
     yield made
-    gc.unfreeze()
+    gc.unfreeze()  # what the service froze may be garbage now
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
@@ -97,6 +104,7 @@ async def test_a_start_that_fails_after_the_engines_ends_the_engine(
 
 async def test_the_service_ends_with_its_engine_where_it_is_told_to(engine: Engine, address: str) -> None:
     serving = asyncio.ensure_future(server.serve(settings(address, exit_on_engine_death=True)))
+    await asyncio.wait_for(engine.loaded.wait(), 10)
     await asyncio.sleep(0.7)
     assert not serving.done()
     engine.dead = True
@@ -116,7 +124,7 @@ async def test_it_outlives_its_engine_otherwise_and_ends_when_asked_without_an_e
     monkeypatch.setattr(server, "Serving", lambda config: made.append(real(config)) or made[0])
     # Told to exit on a death that does not come, and not told to on one that does.
     serving = asyncio.ensure_future(server.serve(settings(address, exit_on_engine_death=not dead)))
-    await asyncio.sleep(0.1)
+    await asyncio.wait_for(engine.loaded.wait(), 10)
     engine.dead = dead
     await asyncio.sleep(1.2)
     assert not serving.done()
@@ -147,7 +155,7 @@ async def test_the_engine_ends_whatever_else_cannot(
     real = server.Serving
     monkeypatch.setattr(server, "Serving", lambda config: made.append(real(config)) or made[0])
     serving = asyncio.ensure_future(server.serve(settings(address)))
-    await asyncio.sleep(0.3)
+    await asyncio.wait_for(engine.loaded.wait(), 10)
     made[0].request_stop()
     async with asyncio.timeout(10):
         await serving
