@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
 import socket
 import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,12 +22,9 @@ ON_CPU = {"ACCELERATE_USE_CPU": "true"}
 @contextmanager
 def two_ranks(*command: object, **environment: str) -> Iterator[list[subprocess.Popen[str]]]:
     """Two of `python command...`, told of each other by gloo's environment; whatever happens, neither is left."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     common = os.environ | {
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(_port()),
         "WORLD_SIZE": "2",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
@@ -47,6 +47,17 @@ def two_ranks(*command: object, **environment: str) -> Iterator[list[subprocess.
             rank.wait()
 
 
+def _port() -> int:
+    """One that nobody listens at, and that nobody who asks for any port is given before the ranks are there."""
+    end = min(int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0]), 32768)
+    for _ in range(1000):
+        port = 10_000 + secrets.randbelow(max(end - 10_000, 1))
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
+
+
 def of_script(script: str, *arguments: object) -> tuple[object, ...]:
     """The command of a script given as text."""
     return "-c", textwrap.dedent(script), *arguments
@@ -54,7 +65,10 @@ def of_script(script: str, *arguments: object) -> tuple[object, ...]:
 
 def ended(ranks: list[subprocess.Popen[str]], seconds: float = 120) -> list[tuple[int, str]]:
     """Exit code and output of each."""
-    outputs = [rank.communicate(timeout=seconds)[0] for rank in ranks]
+    with (
+        ThreadPoolExecutor() as pool
+    ):  # at once: one that nobody reads stands still, and the other waits for it
+        outputs = list(pool.map(lambda rank: rank.communicate(timeout=seconds)[0], ranks))
     return [(rank.returncode, output) for rank, output in zip(ranks, outputs, strict=True)]
 
 
