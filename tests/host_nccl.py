@@ -306,7 +306,7 @@ def dying_trainer(
             session.transport._connected = False  # nothing goes ahead
             _send_hook(lambda window: stop())
         elif where == "gone ahead":
-            _send_hook(lambda window: (time.sleep(0.5), stop()) if window % 2 else None)  # type: ignore[func-returns-value]
+            _send_hook(lambda window: stop() if window % 2 else None)
         elif where == "commit sent":
             _wire_hook(lambda window, memory: memory if window < 1 else time.sleep(60))  # type: ignore[return-value]
             _tell_of_commit(reached)

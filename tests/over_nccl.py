@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -19,7 +20,9 @@ from trainer_service.client import InferenceClient
 from trainer_service.weights import PolicyWeights
 from weight_transfer.transports.base import digest_of
 
-LEASE_S = 0.6
+LEASE_S = 1.2
+#: Of an update that has begun.
+BUSY = (pb.WEIGHT_STATE_STAGING, pb.WEIGHT_STATE_WRITING)
 MODES = pytest.mark.parametrize("mode", ["in_place", "staged"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["mirror", "buckets"])
 
@@ -65,6 +68,14 @@ def trainers(
 def now(client: InferenceClient, *, digest: bool = False) -> Any:
     with rpc.translated():
         return client.weights.GetWeightVersion(pb.GetWeightVersionRequest(include_digest=digest), timeout=10)
+
+
+def until_under_way(client: InferenceClient) -> None:
+    """Wait until the service takes an update."""
+    end = time.monotonic() + 10
+    while now(client).state not in BUSY:
+        assert time.monotonic() < end, "no update came"
+        time.sleep(0.01)
 
 
 def holds(client: InferenceClient, weights: PolicyWeights) -> bool:

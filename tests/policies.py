@@ -17,7 +17,7 @@ from trainer_service.client import InferenceClient
 from trainer_service.weights import PolicyWeights
 from weight_transfer.digest import combine, digest_tensors
 
-LEASE_S = 0.6
+LEASE_S = 1.2
 #: Aliased, written, streamed.
 WAYS = [("shared", torch.bfloat16), ("shared", torch.float32), ("stream", torch.bfloat16)]
 

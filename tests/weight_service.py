@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import multiprocessing
 import os
 import signal
 import uuid
@@ -29,13 +28,10 @@ from inference_service.sessions import Sessions
 from tandem.inference.v1 import inference_pb2_grpc
 from tandem.rpc import Serving, ServingConfig
 from tandem.weights.v1 import weights_pb2_grpc
+from tests.forks import processes
 from weight_transfer.arena import Arena, align
 from weight_transfer.manifest import TensorSpec
 from weight_transfer.placement import Block, Placement, contiguous_strides
-
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["tests.weight_service", "tests.host_nccl", "tests.split_nccl"])
-
 
 EngineOf = Callable[[nn.Module], tuple[Any, EngineArenas]]
 
@@ -151,7 +147,7 @@ class WeightService:
         self._process: Any = None
 
     def start(self) -> None:
-        self._process = _processes.Process(target=_main, args=self._of)
+        self._process = processes.Process(target=_main, args=self._of)
         self._process.start()
 
     def freeze(self) -> None:

@@ -32,7 +32,7 @@ from weight_transfer.digest import combine, digest_tensors
 from weight_transfer.transports.outgoing import Buckets, Mirror
 
 LEASE_S = 1.0
-NOTICED_S = 2.0 + 2.0
+NOTICED_S = 2.0 + 4.0
 """One that stands still is given up after 1.8 s; the rest is for a busy machine."""
 
 

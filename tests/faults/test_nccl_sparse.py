@@ -15,13 +15,15 @@ from typing import Any
 import pytest
 import torch
 
-from tandem.errors import DataLoss
+from tandem.errors import Aborted, DataLoss, Reason
 from tandem.weights.v1 import weights_pb2 as pb
 from tests import host_nccl
 from tests.host_nccl import wide
 from tests.over_nccl import MODES, holds
 from tests.sparse_nccl import change, client, service, size, trainer
 from trainer_service.client import InferenceClient
+from trainer_service.lease import Lease
+from trainer_service.session import Session
 from trainer_service.weights import PolicyWeights
 from weight_transfer.arena import Arena
 from weight_transfer.sparse import bits
@@ -163,34 +165,45 @@ def test_another_model_in_the_place_of_the_first_is_looked_at(trainer: Any, clie
 
 @MODES
 def test_an_update_that_waits_for_anothers_lease_loses_no_change(
-    client: InferenceClient, trainer: Any, mode: str
+    client: InferenceClient, trainer: Any, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, weights = trainer(mode)
     weights.sync()
     change(model, 0.01, 1)
     other = PolicyWeights(client, wide, transport="stream")
     other.open()
-    held = threading.Event()
+    held, refused = threading.Event(), threading.Event()
+    real = Session.begin
+
+    def may_be_refused(session: Session, *args: Any, **kwargs: Any) -> Lease:
+        try:
+            return real(session, *args, **kwargs)
+        except Aborted as error:
+            assert error.reason == Reason.LEASE_HELD  # noqa: PT017
+            refused.set()
+            raise
 
     def begin() -> Iterator[pb.UpdateWeightsRequest]:
         begin = pb.BeginUpdate(session_id=other._session.id, base_version=2)
         yield pb.UpdateWeightsRequest(begin=begin)
-        for _ in range(5):
-            time.sleep(0.1)
+        end = time.monotonic() + 10
+        while not refused.wait(0.1) and time.monotonic() < end:
             yield pb.UpdateWeightsRequest(heartbeat=pb.Heartbeat())
         yield pb.UpdateWeightsRequest(abort=pb.AbortUpdate(untouched=True))
 
     def hold() -> None:
-        for answer in client.weights.UpdateWeights(begin(), timeout=10):
+        for answer in client.weights.UpdateWeights(begin(), timeout=20):
             if answer.WhichOneof("step") == "ready":
                 held.set()
 
     holding = threading.Thread(target=hold)
     holding.start()
     try:
-        held.wait(5)
+        assert held.wait(5)
+        monkeypatch.setattr(Session, "begin", may_be_refused)
         weights.sync()
     finally:
+        refused.set()
         holding.join()
     assert weights.history[-1].changed is None, (
         "what was found for the update that was refused is not counted on"

@@ -13,10 +13,11 @@ from tandem import rpc
 from tandem.errors import DataLoss, FailedPrecondition, Reason, TandemError
 from tandem.weights.v1 import weights_pb2 as pb
 from tests import host_nccl
+from tests.forks import processes
 from tests.host_nccl import wide
-from tests.over_nccl import LEASE_S, MODES, holds, now
+from tests.over_nccl import BUSY, LEASE_S, MODES, holds, now, until_under_way
 from tests.sparse_nccl import change, client, service, trainer
-from tests.weight_service import WeightService, _processes
+from tests.weight_service import WeightService
 from trainer_service.client import InferenceClient
 from trainer_service.weights import PolicyWeights
 from weight_transfer.tiles import HEADER
@@ -179,8 +180,8 @@ def test_a_torn_engine_takes_no_changes(client: InferenceClient, trainer: Any) -
 def test_a_trainer_that_goes_away_leaves_the_old_version_or_nothing(
     service: WeightService, client: InferenceClient, trainer: Any, mode: str, kind: signal.Signals, where: str
 ) -> None:
-    here, there = _processes.Pipe()
-    dying = _processes.Process(
+    here, there = processes.Pipe()
+    dying = processes.Process(
         target=host_nccl.dying_trainer, args=(service.address, mode, where, there, wide, True)
     )
     dying.start()
@@ -188,12 +189,12 @@ def test_a_trainer_that_goes_away_leaves_the_old_version_or_nothing(
     try:
         assert here.poll(30)
         assert here.recv() == where
+        until_under_way(client)
         before = now(client).weight_version
         os.kill(dying.pid, kind)
         began = time.monotonic()
-        busy = (pb.WEIGHT_STATE_STAGING, pb.WEIGHT_STATE_WRITING)
-        while (after := now(client)).state in busy:
-            assert time.monotonic() - began < LEASE_S + 2
+        while (after := now(client)).state in BUSY:
+            assert time.monotonic() - began < LEASE_S + 5
             time.sleep(0.02)
         assert after.weight_version == before == 2
         torn = mode == "in_place"

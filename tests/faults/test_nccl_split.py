@@ -19,10 +19,23 @@ from torch import nn
 from tandem.errors import DataLoss, Reason
 from tandem.weights.v1 import weights_pb2 as pb
 from tests import host_nccl
+from tests.forks import processes
 from tests.host_nccl import write
-from tests.over_nccl import DTYPES, LEASE_S, MODES, Make, client, holds, now, serving, trainers
+from tests.over_nccl import (
+    BUSY,
+    DTYPES,
+    LEASE_S,
+    MODES,
+    Make,
+    client,
+    holds,
+    now,
+    serving,
+    trainers,
+    until_under_way,
+)
 from tests.split_nccl import on_two_gpus, split
-from tests.weight_service import WeightService, _processes
+from tests.weight_service import WeightService
 from trainer_service.client import InferenceClient
 from weight_transfer.transports.nccl import NcclTransport
 
@@ -122,18 +135,20 @@ def _spoilt_for_the_second(worker: int, memory: memoryview) -> memoryview:
 def test_a_trainer_that_goes_away_leaves_the_old_version_or_nothing(
     service: WeightService, client: InferenceClient, trainer: Any, mode: str, kind: signal.Signals, where: str
 ) -> None:
-    here, there = _processes.Pipe()
+    here, there = processes.Pipe()
     arguments = (service.address, mode, where, there, network)
-    dying = _processes.Process(target=host_nccl.dying_trainer, args=arguments)
+    dying = processes.Process(target=host_nccl.dying_trainer, args=arguments)
     dying.start()
     assert dying.pid is not None
     try:
         assert here.poll(30)
         assert here.recv() == where
+        if where != "joining":
+            until_under_way(client)
         os.kill(dying.pid, kind)
         began = time.monotonic()
-        while now(client).state in (pb.WEIGHT_STATE_STAGING, pb.WEIGHT_STATE_WRITING):
-            assert time.monotonic() - began < LEASE_S + 2
+        while now(client).state in BUSY:
+            assert time.monotonic() - began < LEASE_S + 5
             time.sleep(0.02)
         torn = mode == "in_place" and where != "joining"
         after = now(client)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,12 +20,26 @@ from tandem import rpc
 from tandem.errors import DataLoss, FailedPrecondition, Reason, TandemError
 from tandem.weights.v1 import weights_pb2 as pb
 from tests import host_nccl
+from tests.forks import processes
 from tests.host_nccl import write
-from tests.over_nccl import DTYPES, LEASE_S, MODES, Make, client, holds, now, serving, trainers
-from tests.weight_service import WeightService, _processes, network
+from tests.over_nccl import (
+    BUSY,
+    DTYPES,
+    LEASE_S,
+    MODES,
+    Make,
+    client,
+    holds,
+    now,
+    serving,
+    trainers,
+    until_under_way,
+)
+from tests.weight_service import WeightService, network
 from trainer_service.client import InferenceClient
 from trainer_service.lease import Lease
 from trainer_service.weights import PolicyWeights
+from weight_transfer.transports import Sum
 from weight_transfer.transports.nccl import NcclTransport
 
 __all__ = ["client"]  # a fixture
@@ -71,6 +86,7 @@ def test_what_stands_goes_ahead_and_the_commit_before_the_last_bytes(trainer: An
     model, weights = trainer(mode)
     weights.sync()
     order: list[str] = []
+    committing, windows = threading.Event(), len(weights._session.transport.layout.cut)
     answer, send = Lease._answer, Lease.send
 
     def answered(self: Lease, step: str, *more: Any) -> Any:
@@ -79,12 +95,15 @@ def test_what_stands_goes_ahead_and_the_commit_before_the_last_bytes(trainer: An
         return found
 
     def slow(window: int, memory: memoryview) -> memoryview:
-        time.sleep(0.1)
+        if (window + 1) % windows == 0:  # the last, which stays on its way for as long as the commit takes
+            committing.wait(5)
         order.append("bytes")
         return memory
 
     def sent(self: Lease, piece: Any) -> None:
-        order.append("commit sent")
+        if isinstance(piece, Sum):
+            order.append("commit sent")
+            committing.set()
         send(self, piece)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -95,6 +114,7 @@ def test_what_stands_goes_ahead_and_the_commit_before_the_last_bytes(trainer: An
         for seed in range(2):
             write(model, seed)
             order.clear()
+            committing.clear()
             weights.sync()
             assert order.index("window") < order.index("ready told")
             last = len(order) - 1 - order[::-1].index("bytes")
@@ -190,19 +210,20 @@ def test_a_begin_that_does_not_fit_changes_nothing(client: InferenceClient, trai
 def test_a_trainer_that_goes_away_leaves_the_old_version_or_nothing(
     service: WeightService, client: InferenceClient, trainer: Any, mode: str, kind: signal.Signals, where: str
 ) -> None:
-    here, there = _processes.Pipe()
-    dying = _processes.Process(target=host_nccl.dying_trainer, args=(service.address, mode, where, there))
+    here, there = processes.Pipe()
+    dying = processes.Process(target=host_nccl.dying_trainer, args=(service.address, mode, where, there))
     dying.start()
     assert dying.pid is not None
     try:
         assert here.poll(30)
         assert here.recv() == where
+        if where != "joining":
+            until_under_way(client)
         before = now(client).weight_version
         os.kill(dying.pid, kind)
         began = time.monotonic()
-        busy = (pb.WEIGHT_STATE_STAGING, pb.WEIGHT_STATE_WRITING)
-        while (after := now(client)).state in busy:
-            assert time.monotonic() - began < LEASE_S + 2
+        while (after := now(client)).state in BUSY:
+            assert time.monotonic() - began < LEASE_S + 5
             time.sleep(0.02)
         assert after.weight_version == before == 2
         torn = mode == "in_place" and where != "joining"

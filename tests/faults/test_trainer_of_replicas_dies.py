@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import threading
@@ -20,14 +19,12 @@ from tests.fleets import (
     once,
     wait_until_committed,
 )
+from tests.forks import processes
 from tests.policies import digest_of
 from tests.weight_service import network
 from trainer_service.client import InferenceClient
 from trainer_service.member import Member
 from trainer_service.replicated import ReplicatedWeights
-
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["tests.faults.test_trainer_of_replicas_dies", "tests.weight_service"])
 
 
 def _train(addresses: list[str], step: str, pipe: Connection) -> None:
@@ -62,8 +59,8 @@ def _train(addresses: list[str], step: str, pipe: Connection) -> None:
 @pytest.mark.parametrize("how", ["kill", "freeze"])
 @pytest.mark.parametrize("step", [*STEPS, "one committed"])
 def test_a_trainer_that_dies(fleet: Fleet, replicated: Replicated, step: str, how: str) -> None:
-    ours, theirs = _processes.Pipe()
-    process = _processes.Process(target=_train, args=(fleet.addresses, step, theirs))
+    ours, theirs = processes.Pipe()
+    process = processes.Process(target=_train, args=(fleet.addresses, step, theirs))
     process.start()
     theirs.close()
     try:

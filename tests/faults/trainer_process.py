@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
@@ -17,14 +16,11 @@ from tandem.errors import TandemError
 from tandem.weights.v1 import weights_pb2 as pb
 from tandem.weights.v1.weights_pb2_grpc import WeightServiceStub
 from tests.faults import raw
+from tests.forks import processes
 
 #: What a trainer does, in order. A streaming one has no memory to fetch; one is prepared that shall stop there.
 STEPS = ("opened", "attached", "begun", "half written", "written", "asked to commit", "committed")
 PREPARED = "prepared"
-
-# A fork server that has torch imported makes a process in a tenth of a second.
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["tests.faults.trainer_process", "tests.weight_service"])
 
 
 def tensors_for(manifest: Any, seed: int) -> dict[str, torch.Tensor]:
@@ -86,9 +82,9 @@ class TrainerProcess:
     def __init__(
         self, address: str, transport: int, *, mode: int = 0, seed: int = 1, stop_at: str = ""
     ) -> None:
-        self._pipe, theirs = _processes.Pipe()
+        self._pipe, theirs = processes.Pipe()
         arguments = (address, transport, mode, seed, stop_at, theirs)
-        self._process = _processes.Process(target=_train, args=arguments)
+        self._process = processes.Process(target=_train, args=arguments)
         self._process.start()
         theirs.close()
         self.pid: int = self._process.pid  # type: ignore[assignment]
