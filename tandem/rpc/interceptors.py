@@ -196,7 +196,7 @@ class _Call:
         """Await the handler's work; end the RPC with the status of whatever it raises, and count."""
         structlog.contextvars.bind_contextvars(rpc=self._name)
         metrics.STARTED.labels(*self._labels).inc()
-        begin = time.perf_counter()
+        begin, given = time.perf_counter(), context.time_remaining()
         code = grpc.StatusCode.UNKNOWN
         try:
             result = await work
@@ -205,7 +205,7 @@ class _Call:
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is not None and task.cancelling():  # by gRPC: it has answered, or the caller is gone
-                code = _cancel_code(context)
+                code = _cancel_code(context, given)
                 raise
             # Something inside was cancelled. gRPC would send nothing, and the caller wait for its deadline.
             code = grpc.StatusCode.UNAVAILABLE
@@ -298,9 +298,13 @@ def _first(group: BaseExceptionGroup[TandemError]) -> TandemError:
     return _first(error) if isinstance(error, BaseExceptionGroup) else error
 
 
-def _cancel_code(context: Any) -> grpc.StatusCode:
+def _cancel_code(context: Any, given: float | None) -> grpc.StatusCode:
     left = context.time_remaining()
-    return grpc.StatusCode.DEADLINE_EXCEEDED if left is not None and left <= 0 else grpc.StatusCode.CANCELLED
+    if left is None or given is None:
+        return grpc.StatusCode.CANCELLED
+    # The caller ends its RPC at the deadline itself, which gRPC told us rounded up by as much as a hundredth.
+    late = left <= 0.01 * given + 0.01
+    return grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
 
 
 def _status_code(context: Any) -> grpc.StatusCode:

@@ -148,12 +148,11 @@ async def test_every_kind_of_call_and_end_is_counted(serve: Serve, engine: Scrip
         await raw.stream_unary(iter([b""]))
         assert [message async for message in raw.unary_stream(b"")] == [b""]
         assert [message async for message in raw.stream_stream(iter([b""]))] == [b""]
-        cancelled = raw.watch(b"")
+        cancelled = raw.watch(b"", timeout=20)
         await cancelled.read()
         cancelled.cancel()
         await failure(channel.unary_unary("/made.up/Name")(b""))
-        # gRPC sends a second and more rounded up: the service would be told of the end before it was due.
-        late = raw.watch(b"", timeout=0.9)
+        late = raw.watch(b"", timeout=1.001)  # gRPC sends it rounded up: the end comes before it is due
         await late.read()
         await failure(late.read())
         await eventually(lambda: [counted(*end) for end in ends] == [count + 1 for count in ends_before])
