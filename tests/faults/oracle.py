@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -131,7 +132,8 @@ class Rollouts:
 
     def _signal(self, number: signal.Signals) -> None:
         for pid in self._engine:
-            os.kill(pid, number)
+            with contextlib.suppress(ProcessLookupError):  # a test may have killed it
+                os.kill(pid, number)
 
     def stop_again(self, more: int) -> None:
         """Stop anew once the rollout that has fewest tokens has so many more."""

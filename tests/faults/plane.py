@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import time
 from pathlib import Path
@@ -117,7 +118,22 @@ def descriptors_of(service: Service) -> dict[str, int]:
     return count
 
 
-def what_is_held(service: Service) -> tuple[dict[str, int], int, int]:
+Held = tuple[dict[str, int], int, int]
+
+
+def what_is_left(service: Service) -> Held:
+    """What is held once nothing of what went before is still being closed, here or there."""
+    gc.collect()
+    held, end = what_is_held(service), time.monotonic() + 10
+    while True:
+        time.sleep(0.2)
+        if (now := what_is_held(service)) == held:
+            return held
+        assert time.monotonic() < end, f"it does not come to rest: {held}, then {now}"
+        held = now
+
+
+def what_is_held(service: Service) -> Held:
     """Descriptors of each kind, mappings of memory files, processes: what faults must not add to."""
     maps = Path(f"/proc/{service.process.pid}/maps").read_text().count("memfd:")
     return descriptors_of(service), maps, len(service.children())

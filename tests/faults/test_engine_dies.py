@@ -45,11 +45,16 @@ def started(checkpoints: dict[str, Path], folder: Path, *flags: str) -> Iterator
         yield Plane(service, checkpoints["llama"])
 
 
+def runs(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != "zombie")
+    except psutil.NoSuchProcess:
+        return False
+
+
 def wait_until_gone(pids: list[int], seconds: float = 10) -> None:
     end = time.monotonic() + seconds
-    while left := [
-        pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"
-    ]:
+    while left := [pid for pid in pids if runs(pid)]:
         assert time.monotonic() < end, f"processes {left} are left"
         time.sleep(0.05)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator
 
@@ -9,7 +10,7 @@ import pytest
 
 from tandem.errors import Aborted, Reason
 from tests.faults import raw
-from tests.faults.plane import NOTICED_S, Plane, what_is_held
+from tests.faults.plane import NOTICED_S, Plane, what_is_held, what_is_left
 from tests.faults.raw import IN_PLACE, SHARED, STAGED, STREAM
 from tests.faults.trainer_process import PREPARED, STEPS, trainer
 
@@ -23,9 +24,13 @@ CASES = [("shared", step) for step in STEPS] + [("stream", step) for step in STE
 def _nothing_is_left(made: Plane) -> Iterator[None]:
     """Of all that die here."""
     made.wait_until_alone()
-    before = what_is_held(made.service)
+    before = what_is_left(made.service)
     yield
     made.wait_until_alone()
+    gc.collect()
+    end = time.monotonic() + 10
+    while what_is_held(made.service) != before and time.monotonic() < end:
+        time.sleep(0.1)
     assert what_is_held(made.service) == before
 
 

@@ -78,7 +78,7 @@ def test_a_wire_on_which_nothing_arrives(
 ) -> None:
     """Neither side is told. The service knows by the heartbeats, the trainer by its own deadline."""
     session = far(plane, stub, transport)
-    with session, raw.watching(plane.stub) as changes, session.begin(timeout=5) as update:
+    with session, raw.watching(plane.stub) as changes, session.begin(timeout=8) as update:
         half(session, update, plane.tensors)
         raw.wait_for(changes, "WRITING" if session.shared else "STAGING")
         proxy.swallow()
@@ -92,7 +92,7 @@ def test_a_wire_on_which_nothing_arrives(
             plane.assert_unchanged()
         with pytest.raises(DeadlineExceeded):
             update.expect("committed")
-        assert time.monotonic() - swallowed < 7
+        assert time.monotonic() - swallowed < 10
 
 
 @BOTH
@@ -112,7 +112,7 @@ def test_an_answer_that_is_lost_leaves_the_version_committed(
 ) -> None:
     """The trainer cannot know; the version and the digest tell it."""
     session = far(plane, stub, STREAM)
-    with raw.watching(plane.stub) as changes, session.begin(timeout=3) as update:
+    with raw.watching(plane.stub) as changes, session.begin() as update:
         for chunk in session.chunks(plane.tensors):
             update.send(chunk=chunk)
         update.send(commit=pb.CommitUpdate(digest=session.digest(plane.tensors)))
