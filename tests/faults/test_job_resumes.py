@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 import tempfile
 import time
@@ -55,18 +54,25 @@ def run(service: JobService, job_id: str) -> job_runs.Run:
     return read(service, job_id)
 
 
-@contextlib.contextmanager
-def at_some_moment(place: Place, rewarded: int) -> Iterator[str]:
-    """A moment of the training between two of its `rewarded` calls for rewards, of which the latter waits."""
-    dice = random.Random()
-    call, seconds = dice.randrange(1, rewarded), dice.random() / 2
-    place.hold(call)
-    place.hold(call + 1)
-    place.wait_until_held(call)
-    place.let_go(call)
-    time.sleep(seconds)
-    yield f"{seconds:.3f} s after the reward's call {call}"
-    place.fresh()
+class Moment:
+    """A moment of the training between two of its `rewarded` calls for rewards, of which the latter waits.
+
+    To be made before the training comes to the first.
+    """
+
+    def __init__(self, place: Place, rewarded: int) -> None:
+        dice = random.Random()
+        self._place, self._call, self._seconds = place, dice.randrange(1, rewarded), dice.random() / 2
+        place.hold(self._call)
+        place.hold(self._call + 1)
+
+    def __repr__(self) -> str:
+        return f"{self._seconds:.3f} s after the reward's call {self._call}"
+
+    def wait(self) -> None:
+        self._place.wait_until_held(self._call)
+        self._place.let_go(self._call)
+        time.sleep(self._seconds)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -79,9 +85,11 @@ def test_a_killed_training_goes_on_bit_for_bit(
     whole = run(jobs, jobs.submit(spec).id)
     rewarded = len((place.folder / "calls").read_text())
     place.fresh()
+    moment = Moment(place, rewarded)
     job = jobs.submit(spec)
-    with at_some_moment(place, rewarded) as moment:
-        assert killed(jobs, job.id, CHILD)
+    moment.wait()
+    assert killed(jobs, job.id, CHILD)
+    place.fresh()
     cut = run(jobs, job.id)
     assert jobs.get(job.id).attempt == 2
 
@@ -108,13 +116,14 @@ def test_a_job_with_an_engine_of_its_own_has_the_same_versions_too(
             with job_service(Path(name), place) as service:
                 whole = run(service, service.submit(spec).id)
                 place.fresh()
-                place.hold(1)
+                moment = Moment(place, 2)
                 job = service.submit(spec)
                 place.wait_until_held(1)
                 service.kill()
             with job_service(Path(name), place) as service:
-                with at_some_moment(place, 2) as moment:
-                    assert killed(service, job.id, CHILD)
+                moment.wait()
+                assert killed(service, job.id, CHILD)
+                place.fresh()
                 cut = run(service, job.id)
                 assert service.get(job.id).attempt == 2
         finally:
