@@ -65,9 +65,7 @@ def of_script(script: str, *arguments: object) -> tuple[object, ...]:
 
 def ended(ranks: list[subprocess.Popen[str]], seconds: float = 120) -> list[tuple[int, str]]:
     """Exit code and output of each."""
-    with (
-        ThreadPoolExecutor() as pool
-    ):  # at once: one that nobody reads stands still, and the other waits for it
+    with ThreadPoolExecutor() as pool:  # at once: one that nobody reads stands still
         outputs = list(pool.map(lambda rank: rank.communicate(timeout=seconds)[0], ranks))
     return [(rank.returncode, output) for rank, output in zip(ranks, outputs, strict=True)]
 

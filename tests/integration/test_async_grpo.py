@@ -35,7 +35,9 @@ pytestmark = pytest.mark.filterwarnings("default:::(trl|transformers|accelerate|
 def service(exact: Service) -> Iterator[Service]:
     before = {thread.name for thread in threading.enumerate()}
     yield exact
-    left = {thread.name for thread in threading.enumerate()} - before - {"tandem-heart"}  # one of each process
+    left = (
+        {thread.name for thread in threading.enumerate()} - before - {"tandem-heart"}
+    )  # one of each process
     assert not {name for name in left if name.startswith(("tandem", "grpo", "rollout", "asyncio"))}
     raw.restore(exact.weights)
     idle(exact)
