@@ -35,7 +35,7 @@ demo: setup ## Train a real model on this CPU and watch it learn: SEED=0
 	$(BIN)/python -m examples.demo --seed $(SEED)
 
 test: setup ## The whole test suite: TESTS_AT_ONCE=2
-	$(BIN)/python -m pytest -n $(TESTS_AT_ONCE) --dist loadfile
+	$(BIN)/python -m pytest -n $(TESTS_AT_ONCE) --dist loadfile --no-loadscope-reorder
 
 test-gpu: setup ## The tests that need a CUDA device
 	$(BIN)/python -m pytest tests/gpu
