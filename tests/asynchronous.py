@@ -63,7 +63,7 @@ def arguments(folder: Path, **values: Any) -> AsyncGRPOConfig:
         "disable_tqdm": True,
         "gradient_checkpointing": False,
         "dataloader_pin_memory": False,
-        "vllm_server_timeout": 90,
+        "vllm_server_timeout": 240,
     }
     return AsyncGRPOConfig(str(folder), **(defaults | values))
 

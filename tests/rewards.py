@@ -98,7 +98,7 @@ def running(
     try:
         with grpc.insecure_channel(address.replace("unix://", "unix:")) as channel:
             ready = channel.unary_unary("/tandem.reward.v1.RewardService/Score")
-            end = time.monotonic() + 30
+            end = time.monotonic() + 120
             while True:
                 try:
                     ready(b"", timeout=5, wait_for_ready=False)

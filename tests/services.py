@@ -69,7 +69,7 @@ class Service:
             return str(error.code().name)
         return health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
 
-    def wait_until(self, status: str, seconds: float = 90) -> None:
+    def wait_until(self, status: str, seconds: float = 240) -> None:
         """Wait until health says `status`."""
         end = time.monotonic() + seconds
         while (now := self.health()) != status:

@@ -16,6 +16,8 @@ SHARED, STREAM = raw.SHARED, raw.STREAM
 BOTH = pytest.mark.parametrize("transport", [SHARED, STREAM], ids=["shared", "stream"])
 
 Tensors = raw.Tensors
+#: A trainer that falls silent is given up after 2 s; the rest is for a busy machine.
+NOTICED_S = 2.0 + 6.0
 
 
 def reason_of(call: Callable[[], object], kind: type[TandemError]) -> Reason | str:

@@ -51,7 +51,7 @@ def vllm_own(checkpoints: dict[str, Path]) -> Iterator[Own]:
 
     def own() -> dict[str, list[dict[str, Any]]]:
         if not answers:
-            said, _ = process.communicate(timeout=120)
+            said, _ = process.communicate(timeout=240)
             assert process.returncode == 0
             answers.append(json.loads(said.splitlines()[-1]))
         return answers[0]

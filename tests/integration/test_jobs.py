@@ -269,7 +269,7 @@ def test_a_deleted_job_leaves_nothing(service: JobService, place: Place) -> None
     spec = place.spec(None)
     spec.xpo.SetInParent()
     job = service.submit(spec)
-    place.wait_until_held(1)
+    place.wait_until_held(1, seconds=240)
     members = service.members(job.id)
     folder = Path(job.folder)
     assert len(members) >= 3  # what runs it, the training, the inference service

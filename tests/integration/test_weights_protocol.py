@@ -19,8 +19,8 @@ from tandem.errors import (
 )
 from tandem.weights.v1 import weights_pb2 as pb
 from tests.faults import oracle, raw
-from tests.faults.plane import NOTICED_S, Plane
-from tests.integration.protocol import BOTH, SHARED, STREAM, Tensors, reason_of
+from tests.faults.plane import Plane
+from tests.integration.protocol import BOTH, NOTICED_S, SHARED, STREAM, Tensors, reason_of
 
 
 @BOTH
@@ -192,7 +192,7 @@ def test_a_pause_mode_that_is_none(plane: Plane) -> None:
 def test_a_staged_update_that_breaks_is_dropped(plane: Plane, end: str) -> None:
     session = plane.open(STREAM)
     with raw.watching(plane.stub) as changes:
-        with session.begin(timeout=1.0 if end == "deadline" else 20.0) as update:
+        with session.begin(timeout=3.0 if end == "deadline" else 20.0) as update:
             for one in list(session.chunks(plane.tensors))[:9]:
                 update.send(chunk=one)
             raw.wait_for(changes, "STAGING")
