@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from tandem.engine.v1 import engine_pb2
 from tandem.weights.v1 import weights_pb2
 from tests.services import Service, inference_service
 
@@ -33,7 +34,12 @@ def shared_service(model: Path, *flags: str, **engine: object) -> Iterator[Servi
 
 
 def restore_all() -> None:
-    """Give every shared service its checkpoint's weights, if it has others."""
+    """Give every shared service its checkpoint's weights, if it has others, without adapters, and let it generate."""
     for service, digest in _running:
+        now = service.engine.GetStats(engine_pb2.GetStatsRequest(), timeout=30)
+        if now.state == engine_pb2.SERVING_STATE_PAUSED:
+            service.engine.Resume(engine_pb2.ResumeRequest(), timeout=30)
+        for name in now.loras:
+            service.engine.UnloadLora(engine_pb2.UnloadLoraRequest(name=name), timeout=30)
         if _digest(service) != digest:
             service.weights.RestoreCheckpoint(weights_pb2.RestoreCheckpointRequest(), timeout=30)

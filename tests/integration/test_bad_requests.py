@@ -22,6 +22,7 @@ NAN, INF = math.nan, math.inf
 @pytest.fixture(autouse=True)
 def _unharmed(llama: Service) -> Iterator[None]:
     """The engine is what it was before, and answers."""
+    idle(llama)
     before = stats(llama)
     yield
     idle(llama)
