@@ -35,8 +35,8 @@ def test_prompts_of_each_kind(llama: Service) -> None:
 
 def test_pieces_are_the_whole(llama: Service) -> None:
     with TandemClient(inference=llama.address) as client:
-        (whole,) = client.generate("hi", max_tokens=24, temperature=0, ignore_eos=True)
-        pieces = list(client.stream("hi", max_tokens=24, temperature=0, ignore_eos=True))
+        (whole,) = client.generate("hi", max_tokens=200, temperature=0, ignore_eos=True)
+        pieces = list(client.stream("hi", max_tokens=200, temperature=0, ignore_eos=True))
         assert len(pieces) > 1
         assert "".join(piece.text for piece in pieces) == whole.text
         assert sum((piece.token_ids for piece in pieces), ()) == whole.token_ids

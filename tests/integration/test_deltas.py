@@ -90,18 +90,28 @@ def test_text_never_shows_half_a_character(exact: Service, checkpoints: dict[str
     snowman = tokenizer("☃")["input_ids"]
     assert len(snowman) == 3
     regex = {"structured_output": pb.StructuredOutput(regex="☃{40}"), "max_tokens": 200}
-    pieces = deltas(exact, ids([5]), sampling=regex, include_text=True)
-    assert len(pieces) > 40
-    assert {character for piece in pieces for character in piece.text} == {"☃"}
-    assert joined(pieces)[0, 0].text == "☃" * 40
+    for _ in range(5):  # on a busy machine tokens may come together
+        pieces = deltas(exact, ids([5]), sampling=regex, include_text=True)
+        assert {character for piece in pieces for character in piece.text} == {"☃"}
+        assert joined(pieces)[0, 0].text == "☃" * 40
+        if len(pieces) > 40:
+            return
+    pytest.fail("no piece ended within a character")
 
 
 def test_the_first_token_comes_before_the_last(exact: Service) -> None:
-    reading = Reading(exact, request(ids([5]), sampling=LONG, output_mode=DELTAS))
-    until(lambda: reading.pieces, 10, "a first piece")
-    assert reading.num_tokens < 200
-    assert not reading.pieces[0].finish_reason
-    assert joined(reading.end())[0, 0].finish_reason == pb.FINISH_REASON_LENGTH
+    for _ in range(5):  # on a busy machine we may see the first only when all are there
+        reading = Reading(exact, request(ids([5]), sampling=LONG, output_mode=DELTAS))
+        until(lambda reading=reading: reading.pieces, 20, "a first piece")
+        seen = reading.num_tokens
+        assert len(reading.pieces[0].token_ids) < 200
+        assert not reading.pieces[0].finish_reason
+        (rollout,) = joined(reading.end()).values()
+        assert len(rollout.token_ids) == 200
+        assert rollout.finish_reason == pb.FINISH_REASON_LENGTH
+        if seen < 200:
+            return
+    pytest.fail("the last token was always there with the first")
 
 
 @pytest.mark.parametrize(
@@ -174,9 +184,9 @@ def test_a_slow_reader_holds_up_nobody_but_itself(exact: Service, narrow: Infere
     idle(exact)
     before, generated = memory().rss, stats(exact).tokens_generated
     asked = request(*[ids([5], 64) for _ in range(4)], sampling=LONG | {"top_logprobs": 20})
-    slow = narrow.Generate(asked, timeout=60)
+    slow = narrow.Generate(asked, timeout=180)
     first = next(slow)
-    until(lambda: stats(exact).tokens_generated - generated == 256 * 200, 30, "all is computed")
+    until(lambda: stats(exact).tokens_generated - generated == 256 * 200, 90, "all is computed")
     for _ in range(3):
         begin = time.monotonic()
         assert len(one(exact, ids([6]), sampling={"max_tokens": 4, "ignore_eos": True}).token_ids) == 4
@@ -192,9 +202,11 @@ def test_a_slow_reader_of_deltas_gets_larger_ones(exact: Service, narrow: Infere
     fields: dict[str, Any] = {"sampling": LONG | {"top_logprobs": 20, "seed": 9}}
     prompts = [ids([5], 32), ids([6], 32)]
     whole = generate(exact, *prompts, **fields)
-    slow = narrow.Generate(request(*prompts, output_mode=DELTAS, **fields), timeout=60)
+    idle(exact)
+    before = stats(exact).tokens_generated
+    slow = narrow.Generate(request(*prompts, output_mode=DELTAS, **fields), timeout=180)
     pieces = list(next(slow).rollouts)
-    time.sleep(1.0)
+    until(lambda: stats(exact).tokens_generated - before == 64 * 200, 90, "all is computed")
     for message in slow:
         assert message.ByteSize() <= 65536
         pieces.extend(message.rollouts)
@@ -218,22 +230,26 @@ def test_a_caller_that_leaves_takes_its_rollouts_along(exact: Service, mode: pb.
     call = exact.inference.Generate(request(ids([5], 200), sampling=LONG, output_mode=mode), timeout=60)
     until(lambda: stats(exact).num_running, 10, "rollouts run")
     call.cancel()
-    idle(exact, seconds=2)
+    idle(exact, seconds=10)
     assert stats(exact).rollouts_finished - before < 200
 
 
 def test_a_deadline_takes_its_rollouts_along(exact: Service) -> None:
+    before = stats(exact).rollouts_finished
     error = refused(lambda: exact.inference.Generate(request(ids([5], 600), sampling=LONG), timeout=0.5))
     assert isinstance(error, DeadlineExceeded)
-    idle(exact, seconds=2)
+    idle(exact, seconds=10)
+    assert stats(exact).rollouts_finished - before < 600
 
 
 def test_a_lost_connection_takes_its_rollouts_along(exact: Service) -> None:
+    before = stats(exact).rollouts_finished
     channel = connect(exact.address)
     call = InferenceServiceStub(channel).Generate(request(ids([5], 200), sampling=LONG), timeout=60)
     until(lambda: stats(exact).num_running, 10, "rollouts run")
     channel.close()
-    idle(exact, seconds=2)
+    idle(exact, seconds=10)
+    assert stats(exact).rollouts_finished - before < 200
     assert call.cancelled() or call.code() != grpc.StatusCode.OK
 
 

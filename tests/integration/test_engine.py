@@ -53,24 +53,40 @@ def state(service: Service) -> str:
     return engine_pb2.ServingState.Name(stats(service).state).removeprefix("SERVING_STATE_")
 
 
+def holds(service: Service) -> bool:
+    """Whether it has rollouts that have not ended."""
+    now = stats(service)
+    return now.num_running + now.num_waiting > 0
+
+
+def quiet(service: Service) -> bool:
+    """Whether nothing is sampled for a moment."""
+    made = stats(service).tokens_generated
+    time.sleep(0.1)
+    return stats(service).tokens_generated == made
+
+
 def test_keep_freezes_rollouts(llama: Service) -> None:
     prompts = [ids([5, 6, i]) for i in range(3, 23)]  # 20: eight run, twelve wait
     undisturbed = generate(llama, *prompts, sampling=GREEDY)
-    with under_way(llama, *prompts) as reading:
-        pause(llama, "KEEP")
-        assert state(llama) == "PAUSED"
-        assert llama.health() == "SERVING"  # whoever asks is answered, later
-        made = stats(llama).tokens_generated
-        assert stats(llama).num_running + stats(llama).num_waiting > 0
-        time.sleep(0.5)
-        assert stats(llama).tokens_generated == made
-        assert reading.running
-        resume(llama)
-        assert state(llama) == "SERVING"
-        rollouts = joined(reading.end())
-    assert {k: list(r.token_ids) for k, r in rollouts.items()} == {
-        k: list(r.token_ids) for k, r in undisturbed.items()
-    }
+    for _ in range(5):  # on a busy machine they may end before we can stop them
+        with under_way(llama, *prompts) as reading:
+            pause(llama, "KEEP")
+            assert state(llama) == "PAUSED"
+            assert llama.health() == "SERVING"  # whoever asks is answered, later
+            made, kept = stats(llama).tokens_generated, holds(llama)
+            time.sleep(0.5)
+            assert stats(llama).tokens_generated == made
+            assert reading.running or not kept
+            resume(llama)
+            assert state(llama) == "SERVING"
+            rollouts = joined(reading.end())
+        assert {k: list(r.token_ids) for k, r in rollouts.items()} == {
+            k: list(r.token_ids) for k, r in undisturbed.items()
+        }
+        if kept:
+            return
+    pytest.fail("the rollouts were never stopped in the middle")
 
 
 def test_wait_lets_what_runs_end(llama: Service) -> None:
@@ -83,15 +99,15 @@ def test_wait_lets_what_runs_end(llama: Service) -> None:
 
 
 def test_abort_ends_what_runs_with_the_tokens_it_has(llama: Service) -> None:
-    prompts = [ids([5, 6, i]) for i in range(3, 33)]
+    prompts = [ids([5, 6, i]) for i in range(3, 51)]
     undisturbed = generate(llama, *prompts, sampling=GREEDY)
     with under_way(llama, *prompts) as reading:
         finished = Reading(llama, request(*prompts, sampling=GREEDY))
-        until(lambda: stats(llama).num_waiting > 30, 10, "both calls are there")
+        until(lambda: stats(llama).num_waiting > 48, 10, "both calls are there")
         pause(llama, "ABORT")
         deltas, whole = joined(reading.end(seconds=5)), joined(finished.end(seconds=5))
     for rollouts in (deltas, whole):
-        assert len(rollouts) == 30
+        assert len(rollouts) == 48
         for place, rollout in rollouts.items():
             had = len(rollout.token_ids)
             assert rollout.token_ids == undisturbed[place].token_ids[:had]
@@ -164,10 +180,10 @@ def test_a_pause_that_is_given_up_leaves_things_as_they_were(llama: Service, pau
                 continue
             assert given_up.code() == grpc.StatusCode.DEADLINE_EXCEEDED
             if not paused:
-                until(lambda: state(llama) == "SERVING", 2, "nobody holds generation")
+                until(lambda: state(llama) == "SERVING", 10, "nobody holds generation")
                 assert {len(rollout.token_ids) for rollout in joined(reading.end()).values()} == {200}
                 return
-            time.sleep(0.1)
+            until(lambda: quiet(llama), 10, "what runs is stopped again")
             made = stats(llama).tokens_generated
             time.sleep(0.3)
             assert state(llama) == "PAUSED"
@@ -198,10 +214,17 @@ def test_control_is_for_one_at_a_time_and_nobody_gets_stuck(llama: Service) -> N
 
 def test_the_prefix_cache_is_not_reset_under_running_rollouts(llama: Service) -> None:
     reset = engine_pb2.ResetPrefixCacheRequest()
-    with under_way(llama, ids(list(range(3, 50)), 8)):
-        pause(llama, clear_cache=False)
-        assert not llama.engine.ResetPrefixCache(reset, timeout=5).reset
-    until(lambda: llama.engine.ResetPrefixCache(reset, timeout=5).reset, 5, "nothing holds a block")
+    for _ in range(5):  # on a busy machine they may end before we can stop them
+        with under_way(llama, ids(list(range(3, 50)), 32)):
+            pause(llama, clear_cache=False)
+            kept = holds(llama)
+            done = llama.engine.ResetPrefixCache(reset, timeout=5).reset
+            assert not (kept and done)
+        until(lambda: llama.engine.ResetPrefixCache(reset, timeout=5).reset, 5, "nothing holds a block")
+        if kept:
+            return
+        resume(llama)
+    pytest.fail("the rollouts were never stopped in the middle")
 
 
 def test_the_cache_is_dropped_by_a_pause_unless_it_shall_stay(llama: Service) -> None:
@@ -216,9 +239,14 @@ def test_the_cache_is_dropped_by_a_pause_unless_it_shall_stay(llama: Service) ->
 
 
 def test_load_shows_while_it_lasts(llama: Service) -> None:
-    with under_way(llama, ids([5, 6], 20)):
-        loaded = until(lambda: (now := stats(llama)).num_running == 8 and now, 5, "eight rollouts run")
-        assert loaded.num_waiting > 0
-        assert 0 < loaded.kv_cache_usage <= 1
-        assert loaded.state == engine_pb2.SERVING_STATE_SERVING
-    idle(llama)
+    for _ in range(5):  # on a busy machine most may end before we look
+        with under_way(llama, ids([5, 6], 40)) as reading:
+            looks = []
+            while reading.running and not (looks and looks[-1].num_running == 8):
+                looks.append(stats(llama))
+        idle(llama)
+        if looks and looks[-1].num_running == 8 and looks[-1].num_waiting:
+            assert 0 < looks[-1].kv_cache_usage <= 1
+            assert looks[-1].state == engine_pb2.SERVING_STATE_SERVING
+            return
+    pytest.fail("eight of forty rollouts never ran while others waited")

@@ -31,7 +31,8 @@ from trainer_service.trainers import AsyncGRPOTrainer
 pytestmark = pytest.mark.filterwarnings("default:::(trl|transformers|accelerate|peft|torch|datasets)")
 
 #: Enough to be under way for a while.
-GROUPS = [Group([5 + i, *range(3, 3 + i)], 6) for i in range(10)]
+MANY = [Group([5 + i, *range(3, 3 + i)], 6) for i in range(30)]
+GROUPS = MANY[:10]
 SAMPLING = {"seed": 11, "max_tokens": 200, "ignore_eos": True}
 
 
@@ -54,9 +55,9 @@ def replicas(exact: Service, other: Service) -> Iterator[Replicas]:
 
 @pytest.fixture(scope="module")
 def alone(exact: Service) -> list[list[list[int]]]:
-    """What one service gives."""
+    """What one service gives of MANY, and so of those that they begin with."""
     client = InferenceClient(exact.address)
-    rollouts = client.generate(GROUPS, SAMPLING)
+    rollouts = client.generate(MANY, SAMPLING)
     client.close()
     return tokens(rollouts)
 
@@ -70,10 +71,15 @@ def finished(service: Service) -> int:
 
 
 def test_both_do_their_part(
-    replicas: Replicas, exact: Service, other: Service, alone: list[list[list[int]]]
+    replicas: Replicas,
+    exact: Service,
+    other: Service,
+    alone: list[list[list[int]]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("trainer_service.replicas._ANSWER_S", 30)  # slow on a busy machine is not dead
     before = [finished(service) for service in (exact, other)]
-    assert tokens(replicas.generate(GROUPS, SAMPLING)) == alone
+    assert tokens(replicas.generate(GROUPS, SAMPLING)) == alone[: len(GROUPS)]
     assert [finished(s) - n for s, n in zip((exact, other), before, strict=True)] == [30, 30]
 
 
@@ -85,7 +91,7 @@ def test_a_replica_with_older_weights_gives_nothing(
     assert stats(other).weight_version < needed
     before = stats(other).tokens_generated
     rollouts = replicas.generate(GROUPS, SAMPLING, min_weight_version=needed)
-    assert tokens(rollouts) == alone
+    assert tokens(rollouts) == alone[: len(GROUPS)]
     assert stats(other).tokens_generated == before
     assert {s.weight_version for group in rollouts for r in group for s in r.version_spans} == {needed}
 
@@ -97,10 +103,15 @@ def test_a_batch_survives_a_replica_that_stands_still(
     alone: list[list[list[int]]],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    with stopped(other) as stop:
-        assert_survived(replicas, exact, other, alone, caplog, stop)
-    until(lambda: len(replicas.alive) == 2, 60, "it is back")
-    idle(other)
+    for _ in range(5):  # on a busy machine the batch may end before we can stop it
+        caplog.clear()
+        with stopped(other) as stop:
+            was_under_way = survives(replicas, exact, other, alone, caplog, stop)
+        until(lambda: len(replicas.alive) == 2, 60, "it is back")
+        if was_under_way:
+            idle(other)
+            return
+    pytest.fail("every batch had ended before")
 
 
 @contextmanager
@@ -118,25 +129,26 @@ def stopped(service: Service) -> Iterator[Callable[[], None]]:
         send(signal.SIGCONT)
 
 
-def assert_survived(
+def survives(
     replicas: Replicas,
     exact: Service,
     other: Service,
     alone: list[list[list[int]]],
     caplog: pytest.LogCaptureFixture,
     lose: Callable[[], None],
-) -> None:
-    """The other is lost in the middle of a batch: no rollout is, and all are what they were to be."""
+) -> bool:
+    """Whether the other is lost in the middle of a batch. No rollout is, and all are what they were to be."""
     idle(other)
     before = stats(other).tokens_generated
     with ThreadPoolExecutor(1) as thread:
-        batch = thread.submit(replicas.generate, GROUPS, SAMPLING)
+        batch = thread.submit(replicas.generate, MANY, SAMPLING)
         until(lambda: stats(other).tokens_generated > before, 60, "it is under way")
         lose()
-        assert tokens(batch.result(60)) == alone
-    assert "gave up" in caplog.text, "the batch had not ended before"
+        assert tokens(batch.result(180)) == alone
+    gave_up = "gave up" in caplog.text
     until(lambda: replicas.alive == [exact.address], 60, "it is known to be lost")
     assert tokens(replicas.generate(GROUPS[:2], SAMPLING)) == alone[:2]
+    return gave_up
 
 
 class Stop(TrainerCallback):
@@ -207,4 +219,4 @@ def test_a_batch_survives_kill_9_of_a_replica(
         for pid in processes:
             os.kill(pid, signal.SIGKILL)
 
-    assert_survived(replicas, exact, other, alone, caplog, kill)
+    assert survives(replicas, exact, other, alone, caplog, kill), "the batch had ended before"

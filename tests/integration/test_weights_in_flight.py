@@ -19,6 +19,8 @@ from tests.faults.oracle import MEAN_NOISE, NOISE, OTHER, Rollouts
 from tests.integration import calls
 from tests.services import Service
 
+#: Tokens of a block of the engine's prefix cache.
+BLOCK = 128
 KEEP, WAIT, ABORT = engine_pb2.PAUSE_MODE_KEEP, engine_pb2.PAUSE_MODE_WAIT, engine_pb2.PAUSE_MODE_ABORT
 
 
@@ -150,19 +152,25 @@ def test_no_token_is_computed_from_what_another_version_cached(
     """In float32, where an old key or value shows. What goes on, and what comes after it with the same prefix."""
     old, new = (oracle.model_of(checkpoints["llama"], torch.float32) for _ in range(2))
     oracle.perturb(new, 21)
-    session, tensors = open_session(exact, new, raw.STREAM)
     try:
-        with session:
-            version = session.version
-            rollouts = running(
-                exact, latest=70
-            )  # the longest prompt, and these: less than one block of the cache
-            update_midway(exact, session, rollouts, tensors)
-            rollouts.join()
+        for _ in range(5):
+            session, tensors = open_session(exact, new, raw.STREAM)
+            with session:
+                version = session.version
+                rollouts = running(exact, latest=70)
+                update_midway(exact, session, rollouts, tensors)
+                rollouts.join()
+            spans = [rollouts.by_version(i) for i in range(3)]
+            firsts = [len(oracle.PROMPTS[i]) + spans[i][version] for i in range(3)]
+            if max(firsts) < BLOCK:
+                break
+            raw.restore(exact.weights)  # the update came so late that nobody can share what comes after it
+        else:
+            pytest.fail("no update came early enough")
         for i, prompt in enumerate(oracle.PROMPTS):
-            counts = rollouts.by_version(i)
+            counts, first = spans[i], firsts[i]
             assert set(counts) == {version, version + 1}, "the update did not come in the middle"
-            ids, first = prompt + rollouts.tokens[i], len(prompt) + counts[version]
+            ids = prompt + rollouts.tokens[i]
             expected = logprobs_over(new, ids)[first - 1 :]
             here = torch.tensor(rollouts.logprobs[i][counts[version] :])
             assert (here - expected).abs().max() < 2e-3
