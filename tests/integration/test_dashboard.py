@@ -148,7 +148,7 @@ def test_a_job_is_followed_and_ended_in_the_browser(
     place.hold(5)
     job = jobs.submit(place.spec(llama.address, steps=50, labels={"<b>team": EVIL})).id
     page.driver.get(url)
-    assert page.driver.current_url == url.partition("?")[0], "the token stays in the address"
+    page.until(lambda: page.driver.current_url == url.partition("?")[0], "the token stays in the address")
     page.until_text("tbody", job)
     page.until_text(".engine", "SERVING")
     page.press("tbody a", Keys.ENTER)
