@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from tests.host_nccl import wide
-from tests.over_nccl import Make, client, serving, trainers
+from tests.over_nccl import Make, client, holds, serving, trainers
 from tests.weight_service import WeightService
 from trainer_service.client import InferenceClient
+from trainer_service.weights import PolicyWeights
 from weight_transfer.sparse import bits
 from weight_transfer.transports import nccl_sparse
 
@@ -41,6 +42,16 @@ def change(model: nn.Module, share: float, seed: int) -> int:
         flat[where] ^= torch.randint(1, 1 << 15, where.shape, generator=generator).to(flat.dtype)
         count += len(where)
     return count
+
+
+def assert_changes_travel_alone(
+    client: InferenceClient, weights: PolicyWeights, model: nn.Module, seed: int
+) -> None:
+    """The next update brings what changes, and nothing else."""
+    count = change(model, 0.01, seed)
+    weights.sync()
+    assert weights.history[-1].changed == count
+    assert holds(client, weights)
 
 
 def size(model: nn.Module) -> int:

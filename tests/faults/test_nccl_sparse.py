@@ -20,7 +20,7 @@ from tandem.weights.v1 import weights_pb2 as pb
 from tests import host_nccl
 from tests.host_nccl import wide
 from tests.over_nccl import MODES, holds
-from tests.sparse_nccl import change, client, service, size, trainer
+from tests.sparse_nccl import assert_changes_travel_alone, change, client, service, size, trainer
 from trainer_service.client import InferenceClient
 from trainer_service.lease import Lease
 from trainer_service.session import Session
@@ -157,10 +157,7 @@ def test_another_model_in_the_place_of_the_first_is_looked_at(trainer: Any, clie
     weights._model = lambda: other
     weights.sync()
     assert holds(client, weights)
-    count = change(other, 0.01, 6)
-    weights.sync()
-    assert weights.history[-1].changed == count
-    assert holds(client, weights)
+    assert_changes_travel_alone(client, weights, other, seed=6)
 
 
 @MODES
@@ -209,10 +206,7 @@ def test_an_update_that_waits_for_anothers_lease_loses_no_change(
         "what was found for the update that was refused is not counted on"
     )
     assert holds(client, weights)
-    count = change(model, 0.01, 2)
-    weights.sync()
-    assert weights.history[-1].changed == count
-    assert holds(client, weights)
+    assert_changes_travel_alone(client, weights, model, seed=2)
 
 
 def test_without_memory_for_a_base_updates_stay_whole(

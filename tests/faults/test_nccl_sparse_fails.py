@@ -16,7 +16,7 @@ from tests import host_nccl
 from tests.forks import processes
 from tests.host_nccl import wide
 from tests.over_nccl import BUSY, LEASE_S, MODES, holds, now, until_under_way
-from tests.sparse_nccl import change, client, service, trainer
+from tests.sparse_nccl import assert_changes_travel_alone, change, client, service, trainer
 from tests.weight_service import WeightService
 from trainer_service.client import InferenceClient
 from trainer_service.weights import PolicyWeights
@@ -66,10 +66,7 @@ def test_a_commit_that_fails_loses_no_change(
     weights.sync()
     assert weights.history[-1].changed is None, "what the engine has is not known: it gets everything"
     assert holds(client, weights)
-    count = change(model, 0.01, 2)
-    weights.sync()
-    assert weights.history[-1].changed == count
-    assert holds(client, weights)
+    assert_changes_travel_alone(client, weights, model, seed=2)
 
 
 @MODES
@@ -92,10 +89,7 @@ def test_after_an_update_that_broke_off_everything_travels(
     assert broken
     assert weights.history[-1].changed is None
     assert holds(client, weights)
-    count = change(model, 0.01, 2)
-    weights.sync()
-    assert weights.history[-1].changed == count
-    assert holds(client, weights)
+    assert_changes_travel_alone(client, weights, model, seed=2)
 
 
 @MODES
@@ -107,10 +101,7 @@ def test_a_new_communicator_begins_with_everything(client: InferenceClient, trai
     weights.sync()
     assert weights.history[-1].changed is None
     assert holds(client, weights)
-    count = change(model, 0.01, 2)
-    weights.sync()
-    assert weights.history[-1].changed == count
-    assert holds(client, weights)
+    assert_changes_travel_alone(client, weights, model, seed=2)
 
 
 def test_another_trainers_commit_is_no_base(client: InferenceClient, trainer: Any) -> None:
