@@ -2,6 +2,8 @@
 
 #include <dlfcn.h>
 
+#include <map>
+#include <mutex>
 #include <stdexcept>
 
 namespace tandem::cuda {
@@ -21,7 +23,6 @@ Driver load() {
     find(library, driver.error_name, "cuGetErrorName");
     find(library, driver.device_get, "cuDeviceGet");
     find(library, driver.primary_retain, "cuDevicePrimaryCtxRetain");
-    find(library, driver.primary_release, "cuDevicePrimaryCtxRelease_v2");
     find(library, driver.push_context, "cuCtxPushCurrent_v2");
     find(library, driver.pop_context, "cuCtxPopCurrent_v2");
     find(library, driver.synchronize, "cuCtxSynchronize");
@@ -63,21 +64,31 @@ void check(Result result, const char* call) {
     throw std::runtime_error(std::string(call) + ": " + name + " (" + std::to_string(result) + ")");
 }
 
-Scope::Scope(Device device) : device_(device) {
-    const Driver& driver = Driver::get();
-    Context context = nullptr;
-    check(driver.primary_retain(&context, device), "cuDevicePrimaryCtxRetain");
-    if (const Result result = driver.push_context(context); result != 0) {
-        driver.primary_release(device);
-        check(result, "cuCtxPushCurrent");
+namespace {
+
+// A device's primary context, which once retained stays: with its last holder go the memory that was
+// allocated in it and what was opened by an IPC handle, and torch becomes a holder only as it first uses the
+// device.
+Context primary(Device device) {
+    static std::mutex mutex;
+    static std::map<Device, Context> retained;
+    const std::scoped_lock lock(mutex);
+    Context& context = retained[device];
+    if (context == nullptr) {
+        check(Driver::get().primary_retain(&context, device), "cuDevicePrimaryCtxRetain");
     }
+    return context;
+}
+
+}  // namespace
+
+Scope::Scope(Device device) {
+    check(Driver::get().push_context(primary(device)), "cuCtxPushCurrent");
 }
 
 Scope::~Scope() {
-    const Driver& driver = Driver::get();
     Context popped = nullptr;
-    driver.pop_context(&popped);
-    driver.primary_release(device_);
+    Driver::get().pop_context(&popped);
 }
 
 }  // namespace tandem::cuda

@@ -56,7 +56,6 @@ struct Driver {
     Result (*error_name)(Result, const char**);
     Result (*device_get)(Device*, int);
     Result (*primary_retain)(Context*, Device);
-    Result (*primary_release)(Device);
     Result (*push_context)(Context);
     Result (*pop_context)(Context*);
     Result (*synchronize)();
@@ -93,9 +92,6 @@ class Scope {
     ~Scope();
     Scope(const Scope&) = delete;
     Scope& operator=(const Scope&) = delete;
-
-  private:
-    Device device_;
 };
 
 }  // namespace tandem::cuda
