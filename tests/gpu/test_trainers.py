@@ -73,10 +73,13 @@ def test_a_run(service: Service, paths: list[Path], tmp_path: Path, kind: str, m
     def compared(batch: Any, sampling: Any) -> Any:
         rollouts = watched(batch, sampling)
         if not sampling.HasField("mixture_coef"):
-            for group, of_group in zip(batch, rollouts, strict=True):
-                for rollout in of_group:
-                    own = logprobs(run.trainer.model, list(group.token_ids), list(rollout.token_ids))
-                    apart.append((own - torch.tensor(list(rollout.logprobs))).abs().max().item())
+            differences = [
+                logprobs(run.trainer.model, list(group.token_ids), list(rollout.token_ids))
+                - torch.tensor(list(rollout.logprobs))
+                for group, of_group in zip(batch, rollouts, strict=True)
+                for rollout in of_group
+            ]
+            apart.append(torch.cat(differences).abs().mean().item())
         return rollouts
 
     generation._generate = compared
@@ -84,7 +87,7 @@ def test_a_run(service: Service, paths: list[Path], tmp_path: Path, kind: str, m
         assert run.trainer.state.global_step == len(logged(run.trainer, "loss")) == 3
         assert generation.calls >= 6
         assert run.trainer.policy_weights.aliased == (vllm_mode == "colocate")
-        assert max(apart) < 0.25, "what bfloat16 leaves of logits around 8; of other weights it is some nats"
+        assert max(apart) < 0.1, "bfloat16 leaves 0.04 of logits around 8; after one step it is 0.17 to 0.4"
         generation.client.wake_up()
         generation.sync_weights()
         assert_same_bits(service, run.trainer.model)
