@@ -163,6 +163,7 @@ def trl(path: str) -> dict[str, Any]:
         accelerator=Accelerator(),
         processing_class=AutoTokenizer.from_pretrained(path),
         mode="colocate",
+        gpu_memory_utilization=0.3,  # the policy is there already
         max_model_length=ENGINE["max_model_len"],
         max_num_seqs=ENGINE["max_num_seqs"],
     )

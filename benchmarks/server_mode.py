@@ -59,7 +59,9 @@ def main() -> None:
     """Measure each size, and write what was found."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.server_mode")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--alone", action="store_true", help="without the peers")
+    parser.add_argument(
+        "--peers", nargs="*", choices=SIZES, default=None, help="the sizes at which TRL runs too"
+    )
     parser.add_argument("--sparse-peer", action="store_true", help="with vLLM's sparse_nccl, one engine more")
     parser.add_argument("--eager", action="store_true", help="without torch.compile and CUDA graphs")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/server.json"))
@@ -74,21 +76,12 @@ def main() -> None:
         ours = {
             size: stack.enter_context(engine(models[size], folder / size, options.eager)) for size in models
         }
-        theirs = (
-            {}
-            if options.alone
-            else {size: stack.enter_context(vllm_serve(models[size], folder / size)) for size in models}
-        )
-        sparse = (
-            {
-                size: stack.enter_context(
-                    vllm_serve(models[size], folder / f"{size}-s", backend="sparse_nccl")
-                )
-                for size in models
-            }
-            if options.sparse_peer
-            else {}
-        )
+        beside = models if options.peers is None else [size for size in models if size in options.peers]
+        theirs = {size: stack.enter_context(vllm_serve(models[size], folder / size)) for size in beside}
+        sparse = {
+            size: stack.enter_context(vllm_serve(models[size], folder / f"{size}-s", backend="sparse_nccl"))
+            for size in (beside if options.sparse_peer else ())
+        }
         for service in ours.values():
             service.wait_until("SERVING", START_S)
         for peer in (*theirs.values(), *sparse.values()):

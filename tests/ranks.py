@@ -27,7 +27,7 @@ def two_ranks(*command: object, **environment: str) -> Iterator[list[subprocess.
         "MASTER_PORT": str(_port()),
         "WORLD_SIZE": "2",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
     }
     ranks = [
         subprocess.Popen(

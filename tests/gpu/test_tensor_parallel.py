@@ -33,6 +33,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1"}
 def service(checkpoint: Path) -> Iterator[Service]:
     engine = {
         "kv_cache_memory_bytes": 2 << 30,
+        "gpu_memory_utilization": 0.2,
         "enforce_eager": True,
         "tensor_parallel_size": 2,
         "distributed_executor_backend": '"mp"',
