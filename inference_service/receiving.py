@@ -15,7 +15,7 @@ from weight_transfer.arena import Arena
 from weight_transfer.cuda import nccl
 from weight_transfer.digest import combine
 from weight_transfer.manifest import Manifest
-from weight_transfer.windows import windows
+from weight_transfer.windows import Window, windows
 
 if TYPE_CHECKING:
     from inference_service.loader import HeldWeights
@@ -47,6 +47,7 @@ class Receiving:
         self._live: tuple[int, Landing] | None = None  # by bytes of a window
         self._beside: tuple[int, Landing] | None = None
         self._stage: list[Arena] = []
+        self._over: list[Window] = []  # all of the stage
         self._changes: tuple[int, Changes] | None = None
         self._communicator: nccl.Communicator | None = None
 
@@ -86,7 +87,7 @@ class Receiving:
         if self._changes is None or self._changes[0] != window:
             self._changes = window, self._pulsed(lambda: Changes(self._held, window))
         if staged:  # the messages are the stage: both at once may be more than there is
-            self._stage, self._beside = [], None
+            self._drop_stage()
         arenas = self._beside_live if staged else lambda: self._held.arenas
         parts = self._changes[1].receive(self._communicator, self._pulse, arenas, staged=staged)
         return {"digest": f"{combine(parts):016x}"}
@@ -96,7 +97,7 @@ class Receiving:
         if self._changes is not None and self._changes[1].keeps:
             copied = self._changes[1].install()
         elif self._stage:
-            copied = windows(self._held.placements, 1 << 62)
+            copied = self._over
         else:
             raise RuntimeError("nothing was staged")
         for cut in copied:
@@ -112,7 +113,7 @@ class Receiving:
 
     def rest(self) -> None:
         """Give back what the next update can have anew in no time: the memory beside the live weights."""
-        self._stage, self._beside = [], None
+        self._drop_stage()
         self._drop_changes()
         if self._crew.manifest is not None:  # of which buckets are a part
             self._live = None
@@ -147,8 +148,13 @@ class Receiving:
         if self._changes is not None:
             self._changes[1].drop()
 
+    def _drop_stage(self) -> None:
+        self._stage, self._beside = [], None
+
     def _beside_live(self) -> Sequence[Arena]:
         if not self._stage:
+            # Now, since generation is stopped in `install`. For thousands of tensors it takes milliseconds.
+            self._over = windows(self._held.placements, 1 << 62)
             self._stage = [Arena.create("tandem-stage", a.size, a.device) for a in self._held.arenas]
         return self._stage
 
