@@ -2,9 +2,11 @@
 
 #include <dlfcn.h>
 
+#include <chrono>
 #include <climits>
 #include <cstring>
 #include <stdexcept>
+#include <thread>
 #include <utility>
 
 namespace tandem::nccl {
@@ -17,6 +19,8 @@ constexpr Result kSuccess = 0;     // ncclSuccess
 constexpr Result kInProgress = 7;  // ncclInProgress
 constexpr int kUint8 = 1;          // ncclUint8
 constexpr int kUndefined = INT_MIN;
+constexpr std::chrono::microseconds kLaunch{500};
+constexpr int kAskedAtLeast = 8;  // by a thread that others keep from its processor
 
 struct UniqueId {
     char internal[128];
@@ -140,6 +144,12 @@ void Communicator::broadcast(const std::vector<Span>& spans, int root, std::uint
     }
     check(get().group_end(), "ncclGroupEnd", communicator_);
     check(failed, "ncclBroadcast", communicator_);
+    // A thread of NCCL's goes on with it, for less time than any sleep takes.
+    const auto end = std::chrono::steady_clock::now() + kLaunch;
+    for (int asked = 1; !ready(); ++asked) {
+        if (asked >= kAskedAtLeast && std::chrono::steady_clock::now() > end) return;
+        std::this_thread::yield();
+    }
 }
 
 void Communicator::abort() {

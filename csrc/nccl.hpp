@@ -36,7 +36,8 @@ class Communicator {
     // Whether what was begun last is done: the communicator joined, or the spans handed to the stream.
     bool ready();
 
-    // Has `stream` bring each span of `root` to all ranks, which name as many bytes, in one group.
+    // Has `stream` bring each span of `root` to all ranks, which name as many bytes, in one group. Where
+    // `ready` is false afterwards, more than a launch is to be waited for.
     void broadcast(const std::vector<Span>& spans, int root, std::uintptr_t stream);
 
     // Ends it, whatever the other ranks do. Kernels of its own that wait for them end too. May be called

@@ -60,6 +60,7 @@ def library(built: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(built))
     for name in ("fails", "aborted", "groups", "sent"):
         number(library, name).value = 0
+    number(library, "waits").value = 2
     ctypes.c_size_t.in_dll(library, "bytes").value = 0
     assert _core.load_nccl(str(built)) == 22800
     return library
@@ -89,7 +90,17 @@ def test_spans_go_as_one_group(library: ctypes.CDLL) -> None:
     assert (number(library, "groups").value, number(library, "sent").value) == (1, 2)
     assert ctypes.c_size_t.in_dll(library, "bytes").value == 128
     assert ctypes.c_void_p.in_dll(library, "stream").value == 1234
+    assert number(library, "state").value == 3, "it was asked until it had begun"
+
+
+def test_what_does_not_begin_at_once_is_left_to_whoever_waits(library: ctypes.CDLL) -> None:
+    ours = _core.Communicator(bytes(128), 0, 2)
+    number(library, "waits").value = 1 << 30
+    ours.broadcast([(4096, 100)], 0, 1234)
     assert not ours.ready()
+    number(library, "fails").value = 1
+    with pytest.raises(RuntimeError, match="NCCL: remote process exited"):
+        ours.broadcast([(4096, 100)], 0, 1234)
 
 
 def test_errors_have_its_words(library: ctypes.CDLL) -> None:
