@@ -17,11 +17,12 @@ from inference_service.landing import PATIENCE_S
 from weight_transfer.arena import Arena
 from weight_transfer.cuda.nccl import Communicator
 from weight_transfer.digest import finished
+from weight_transfer.messages import messages, unsigned
 from weight_transfer.patches import patch
 from weight_transfer.reading import Reading
 from weight_transfer.tiles import finer, tilings
 from weight_transfer.transports.nccl import TRAINER
-from weight_transfer.transports.nccl_sparse import SLOTS, span_of, unsigned
+from weight_transfer.transports.nccl_sparse import span_of
 from weight_transfer.transports.outgoing import spans_of
 from weight_transfer.windows import Window, windows
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 class _Kept:
     """A staged update: each window's message, the rooms in them, and which windows came whole."""
 
-    messages: list[torch.Tensor]
+    messages: Sequence[torch.Tensor]
     rooms: torch.Tensor
     whole: list[int]
 
@@ -96,20 +97,21 @@ class Changes:
         if any(not 0 <= room <= tiling.most for room, tiling in zip(told, self._tilings, strict=True)):
             raise RuntimeError("the trainer cuts the policy in another way")
         words = [tiling.words(room) for tiling, room in zip(self._tilings, told, strict=True)]
-        slots = words if staged else [max(words, default=0)] * min(SLOTS, n)
-        messages = [torch.empty(size, dtype=torch.int32, device=device) for size in slots]
+        room, _ = messages(words, device, kept=staged)
         sums = torch.zeros(len(self._placements), dtype=torch.int64, device=device)
         found = torch.zeros(n, dtype=torch.int64, device=device)
-        free = [communicator.mark()] * len(messages)
-        came = []
-        for k, place_changes in enumerate(self._patches):
-            slot = k % len(messages)
-            message = messages[slot][: words[k]]
-            came.append(communicator.broadcast([span_of(message)], TRAINER, pulse, free[slot]))
+        began, came = communicator.mark(), []
+        free: list[torch.cuda.Event] = []
+        for k, (place_changes, message) in enumerate(zip(self._patches, room.each, strict=True)):
+            before = began if k < room.slots else free[k - room.slots]
+            came.append(communicator.broadcast([span_of(message)], TRAINER, pulse, before))
             communicator.follow(came[-1])
             place_changes(rooms[k:], sums, message, write=not staged)
-            found[k : k + 1] = unsigned(message[:1])
-            free[slot] = communicator.mark()
+            if not room.apart:
+                found[k : k + 1] = unsigned(message[:1])
+                free.append(communicator.mark())
+        if room.apart:
+            found = room.counts()
         for event in came:
             communicator.wait(event, PATIENCE_S)
         whole = [k for k, (count, room) in enumerate(zip(found.tolist(), told, strict=True)) if count > room]
@@ -117,7 +119,7 @@ class Changes:
         if whole:
             self._receive_whole(whole, parts, communicator, pulse, place())
         if staged:
-            self._kept = _Kept(messages, rooms, whole)
+            self._kept = _Kept(room.each, rooms, whole)
         return parts
 
     def install(self) -> list[Window]:

@@ -14,8 +14,8 @@ from tests.over_nccl import Make, client, holds, serving, trainers
 from tests.weight_service import WeightService
 from trainer_service.client import InferenceClient
 from trainer_service.weights import PolicyWeights
+from weight_transfer import messages
 from weight_transfer.sparse import bits
-from weight_transfer.transports import nccl_sparse
 
 __all__ = ["client", "service", "trainer"]  # fixtures
 
@@ -28,7 +28,7 @@ def service(tmp_path: Path) -> Iterator[WeightService]:
 
 @pytest.fixture
 def trainer(client: InferenceClient, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
-    monkeypatch.setattr(nccl_sparse, "_AHEAD_BYTES", 0)  # memory of messages is used again and again
+    monkeypatch.setattr(messages, "ALL_BYTES", 0)  # memory of messages is used again and again
     with trainers(client, lambda dtype: wide().to(dtype), sparse=True) as make:
         yield make
 

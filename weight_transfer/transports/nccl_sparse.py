@@ -14,17 +14,13 @@ from weight_transfer.arena import Arena
 from weight_transfer.cuda.nccl import Communicator, Span
 from weight_transfer.cuda.several import Several
 from weight_transfer.digest import finished
+from weight_transfer.messages import messages, unsigned
 from weight_transfer.patches import Find, find
 from weight_transfer.tiles import ENTRY, HEADER, finer, tilings
 from weight_transfer.transports.base import SourceTensor
 from weight_transfer.transports.outgoing import TRAINER, Layout, Mirror, nothing_travels, spans_of
 
 logger = logging.getLogger(__name__)
-
-SLOTS = 3
-"""Messages in memory at least: one that is filled, one on its way, and one between the two."""
-_AHEAD_BYTES = 256 << 20
-"""Messages in memory at most, where that is more. They are filled while the engine makes itself ready."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +57,7 @@ class SparseMirror(Mirror):
         self._last: list[int | None] = [None] * len(self._finer)  # units that changed, of each window
         self._base: list[Arena] = []
         self._finds: list[Find] = []
-        self._slots: list[torch.Tensor] = []
+        self._messages: torch.Tensor | None = None  # their memory
         self._search: _Search | None = None  # of the update that is under way
         self._follow: Callable[[torch.cuda.Event], None] = lambda event: None
         self._refused = False  # there is no memory for a base
@@ -115,8 +111,9 @@ class SparseMirror(Mirror):
     def close(self) -> None:
         self._settle()
         super().close()
-        for held in (self._finds, self._base, self._slots):
-            held.clear()
+        self._finds.clear()
+        self._base.clear()
+        self._messages = None
         self._renewed = self._committed = False
 
     def _renew(self) -> bool:
@@ -157,24 +154,27 @@ class SparseMirror(Mirror):
         """Look for changes, and send them. Nothing waits for the host: a message has the room that was told first."""
         rooms = [tiling.room(n) for tiling, n in zip(self._tilings, self._last, strict=True)]
         words = [tiling.words(room) for tiling, room in zip(self._tilings, rooms, strict=True)]
-        slots = self._slots_of(max(words, default=1))
+        room, self._messages = messages(words, self._device, self._messages)
         told = torch.tensor(rooms, dtype=torch.int64).to(self._device)
         counts = torch.zeros_like(told)
         sums = torch.zeros(len(self._manifest), dtype=torch.int64, device=self._device)
+        room.clear()
         written = communicator.mark()
         with communicator.beside():
             communicator.follow(written)
             sent = [communicator.broadcast([span_of(told)], TRAINER, alive, written)]
             try:
-                for k, search in enumerate(self._finds):
-                    message = slots[k % len(slots)][: words[k]]
-                    if k >= len(slots):
-                        communicator.follow(sent[1 + k - len(slots)])
-                    message[:HEADER].zero_()
+                for k, (search, message) in enumerate(zip(self._finds, room.each, strict=True)):
+                    if k >= room.slots:
+                        communicator.follow(sent[1 + k - room.slots])
+                        message[:HEADER].zero_()
                     search(told[k:], sums, message)
-                    counts[k : k + 1] = unsigned(message[:1])
+                    if not room.apart:
+                        counts[k : k + 1] = unsigned(message[:1])
                     found = communicator.mark()
                     sent.append(communicator.broadcast([span_of(message)], TRAINER, alive, found))
+                if room.apart:
+                    counts = room.counts()
             finally:
                 nbytes = told.nbytes + ENTRY * sum(words)
                 self._follow = communicator.follow
@@ -208,17 +208,6 @@ class SparseMirror(Mirror):
         search, self._search = self._search, None
         if search is not None:
             self._follow(search.done)
-
-    def _slots_of(self, words: int) -> list[torch.Tensor]:
-        n = min(len(self._finds), max(SLOTS, _AHEAD_BYTES // (ENTRY * words)))
-        if len(self._slots) < n or any(len(slot) < words for slot in self._slots):
-            self._slots = [torch.empty(words, dtype=torch.int32, device=self._device) for _ in range(n)]
-        return self._slots
-
-
-def unsigned(words: torch.Tensor) -> torch.Tensor:
-    """Words of a message, as int64."""
-    return words.to(torch.int64) & 0xFFFFFFFF
 
 
 def span_of(tensor: torch.Tensor) -> Span:
