@@ -47,7 +47,7 @@ SIZES = {  # hidden, layers, heads, intermediate, tied
     "4B": (2560, 36, 32, 9728, True),
     "8B": (4096, 36, 32, 12288, False),
 }
-_GENERATIONS = 3
+_GENERATIONS = 8
 
 
 def main(kind: str, model: str, *more: str) -> dict[str, Any]:

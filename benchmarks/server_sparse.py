@@ -30,7 +30,7 @@ def changes(policy: Any, weights: PolicyWeights) -> dict[str, Any]:
     for share in SHARES:
         for _ in range(WARM_UPS + ROUNDS):
             change(policy.parameters(), share)
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(policy.device)
             weights.sync()
         last = list(weights.history)[-ROUNDS:]
         took = percentiles([update.seconds * 1e3 for update in last])
@@ -90,8 +90,9 @@ def passes(policy: Any, weights: PolicyWeights) -> dict[str, Any]:
     # As many bytes read and as many written as there are of the policy: as much as is read of policy and base.
     half = torch.empty(min(nbytes, 2 << 30), dtype=torch.uint8, device=device)
     other = torch.empty_like(half)
-    found = {"find": timed(look, prepared), "patch": timed(place, lambda: None)}
-    copied = timed(lambda: other.copy_(half), lambda: None)["p50"]
+    with torch.cuda.device(device):  # whose clock is asked
+        found = {"find": timed(look, prepared), "patch": timed(place, lambda: None)}
+        copied = timed(lambda: other.copy_(half), lambda: None)["p50"]
     return found | {"reading_p50": copied * nbytes / half.nbytes}
 
 
