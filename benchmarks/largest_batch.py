@@ -8,18 +8,19 @@ import torch
 
 _STEP = 8  # rollouts: a group
 _MOST = 2048
+_WITHIN = 1 / 16  # of the answer: each try of a large one takes many seconds
 
 
 def largest_batch(trainer: Any, prompt_tokens: int, new_tokens: int) -> int:
-    """The most rollouts, in steps of 8, whose loss and gradients fit: a micro-batch of TRL's GRPO; 0 if 8 do not.
+    """How many rollouts' loss and gradients fit: a micro-batch of TRL's GRPO. A multiple of 8; 0 if 8 do not fit.
 
-    To be asked after steps were made, with the optimizer's state in place.
+    There may fit a sixteenth more. To be asked after steps were made, with the optimizer's state in place.
     """
     fits, fails = 0, _STEP
     while fails <= _MOST and _fits(trainer, fails, prompt_tokens, new_tokens):
         fits, fails = fails, -(-fails * 3 // 2 // _STEP) * _STEP
     fails = min(fails, _MOST + _STEP)
-    while fails - fits > _STEP:
+    while fails - fits > max(_STEP, fits * _WITHIN):
         between = (fits + fails) // 2 // _STEP * _STEP
         if _fits(trainer, between, prompt_tokens, new_tokens):
             fits = between
