@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 from tandem import rpc
 from tandem.errors import DeadlineExceeded, Internal, Reason, TandemError
@@ -128,6 +128,15 @@ class Lease:
                 self._answer("aborted")
         finally:
             self._end()
+
+    @contextmanager
+    def unwritten(self) -> Iterator[None]:
+        """Give the update up if the body raises, which writes nothing."""
+        try:
+            yield
+        except BaseException as error:
+            self.abort(str(error), untouched=True)
+            raise
 
     def cut(self) -> None:
         """End it without a word, from any thread: the service is gone. Whoever waits here gets an error."""

@@ -1,11 +1,12 @@
 """The policy's tensors, listed anew only where the model's parameters are others than they were.
 
-Naming each takes as long as moving a gigabyte on a GPU; to see that they are the same takes a twentieth of that.
+Naming each takes as long as moving a gigabyte on a GPU; to see that they are the same takes a fortieth of that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from operator import attrgetter
 from typing import Any
 
@@ -16,6 +17,7 @@ from trainer_service.policy_tensors import policy_tensors
 from weight_transfer.transports import SourceTensor
 
 _dtype_of = attrgetter("dtype")
+_parameters_of, _children_of = attrgetter("_parameters"), attrgetter("_modules")
 
 
 class Listing:
@@ -23,18 +25,18 @@ class Listing:
 
     def __init__(self) -> None:
         self._wanted: Sequence[str] = ()
-        self._ids: list[int] | None = None
+        self._modules: list[nn.Module] = []
+        self._ids: list[int] | None = None  # of what these have; None where that is looked for anew each time
         self._where: list[Any] | None = None  # and in which dtypes; None where the list may not be kept
         self._policy: list[SourceTensor] = []
 
     def policy(self, model: nn.Module, wanted: Sequence[str]) -> list[SourceTensor]:
         """What `policy_tensors` finds, with its errors. The very same list as before, as long as it holds."""
-        parameters = _parameters(model)
-        ids = list(map(id, parameters))
-        same = self._where is not None and (wanted, ids) == (self._wanted, self._ids)
-        if same and _where(self._policy) == self._where:
+        kept = self._where is not None and wanted == self._wanted and self.same(model)
+        if kept and _where(self._policy) == self._where:
             return self._policy
-        self._wanted, self._ids, self._where = wanted, ids, None
+        self._modules = list(model.modules())
+        self._wanted, self._ids, self._where = wanted, _ids(self._modules), None
         self._policy = policy_tensors(model, frozenset(wanted))
         if any(type(module).__module__.startswith("peft.") for module in model.modules()):
             self._ids = None  # which adapter is active, parameters don't tell
@@ -46,18 +48,13 @@ class Listing:
         """Whether the model has the parameters that were listed last, each in its place, if somebody held on to
         them.
         """
-        return self._ids is not None and list(map(id, _parameters(model))) == self._ids
+        return self._ids is not None and model is self._modules[0] and _ids(self._modules) == self._ids
 
 
-def _parameters(model: nn.Module) -> list[nn.Parameter | None]:
-    """Each where it stands, in some order: `named_parameters` takes ten times as long."""
-    found: list[nn.Parameter | None] = []
-    modules = [model]
-    while modules:
-        module = modules.pop()
-        found.extend(module._parameters.values())
-        modules.extend(child for child in module._modules.values() if child is not None)
-    return found
+def _ids(modules: Sequence[nn.Module]) -> list[int]:
+    """Of the parameters and modules that each has, in some order. By functions of C's: a loop takes twice as long."""
+    has = chain(map(_parameters_of, modules), map(_children_of, modules))
+    return list(map(id, chain.from_iterable(map(dict.values, has))))
 
 
 def _where(policy: Sequence[SourceTensor]) -> list[Any]:

@@ -130,14 +130,14 @@ class Session:
         ready_timeout_s: float = ANSWER_TIMEOUT_S,
         partial: bool | None = None,
         meanwhile: Callable[[], None] = lambda: None,
-        stands: bool = False,
+        stands: Callable[[], bool] | None = None,
         begun: Callable[[Lease], None] = lambda lease: None,
     ) -> Lease:
         """Take the lease for the update that makes version `number` on top of `weight_version`.
 
-        `meanwhile` is called while the engine stops. `partial` is what the session's transport says, if None. `stands`:
-        what will be moved is what the transport has as it `stands`, which may therefore go ahead. `begun` is given the
-        lease first of all, so that others can cut it.
+        `meanwhile` is called while the engine stops. `partial` is what the session's transport says, if None. `stands`,
+        which is called then too, tells whether what will be moved is what the transport has as it `stands`, and may
+        therefore go ahead. `begun` is given the lease first of all, so that others can cut it.
 
         Raises:
             FailedPrecondition: somebody else made a newer version.
@@ -149,7 +149,7 @@ class Session:
         def joined(lease: Lease) -> None:
             begun(lease)
             transport.join(lease.check)
-            if stands:
+            if stands is not None and stands():
                 transport.ahead()
             meanwhile()
 

@@ -87,6 +87,7 @@ class PolicyWeights:
         self._asked = 0  # a commit of this number was asked for, and not answered
         self._held: int | None = None  # digest of what was committed last, where it is known
         self._as_committed = False  # no lease was given since to whom might have written
+        self._stood = False  # when it was last looked at
         self._spent = self._ready = 0.0
         self._listing = Listing()
         self._steps: Steps | None = None
@@ -124,11 +125,7 @@ class PolicyWeights:
         return self._session.transport.aliased if self._session else {}
 
     def open(self) -> None:
-        """Open a session with the engine, if there is none. Nothing moves yet.
-
-        Raises:
-            InvalidArgument, FailedPrecondition, Aborted: as `Session` says.
-        """
+        """Open a session with the engine, if there is none. Nothing moves yet. Raises as `Session` says."""
         if self._session is not None:
             return
         self._session = patiently(self._open)
@@ -225,10 +222,9 @@ class PolicyWeights:
 
         The transport holds on to them.
         """
-        session = self._session
-        if session is None or not session.transport.stands():
-            return False
-        return same_parameters or self._listing.same(self._model())
+        stands = self._session is not None and self._session.transport.stands()
+        self._stood = stands and (same_parameters or self._listing.same(self._model()))
+        return self._stood
 
     def _base(self, wanted: Sequence[str]) -> list[SourceTensor]:
         return self._led(policy_tensors(self._model(), frozenset(wanted), merged=False))
@@ -253,13 +249,17 @@ class PolicyWeights:
             ):
                 return None
         started = time.perf_counter()
-        sent_as_it_stands = not self._dirty and not self.aliased and self._stands()
-        policy = [] if sent_as_it_stands else self._policy(session.names)
-        lease = self._begin(stands=sent_as_it_stands)
+        # What stood the last time is looked at as the service makes itself ready: that takes as long.
+        ahead = not self._dirty and not self.aliased and (self._stood or self._stands())
+        policy = [] if ahead else self._policy(session.names)
+        lease = self._begin(stands=self._stands if ahead else None)
+        if ahead and not self._stood:
+            with lease.unwritten():
+                policy = self._policy(session.names)
         self._move(lease, policy, started)
         return None
 
-    def _begin(self, meanwhile: Callable[[], None] = lambda: None, *, stands: bool = False) -> Lease:
+    def _begin(self, **how: Any) -> Lease:  # as `Session.begin` takes it
         session = self._session
         assert session is not None  # noqa: S101  for the type checker
         last, base = self.weight_version, session.weight_version
@@ -271,7 +271,7 @@ class PolicyWeights:
             session.transport.forget()
         started = time.perf_counter()
         try:
-            lease = patiently(lambda: session.begin(number, meanwhile=meanwhile, stands=stands))
+            lease = patiently(lambda: session.begin(number, **how))
         except TransportError as error:
             raise broken_off(error) from error
         self._ready = time.perf_counter() - started

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from tandem import rpc
 from tandem.errors import DataLoss, FailedPrecondition, Reason, TandemError
@@ -119,6 +120,29 @@ def test_what_stands_goes_ahead_and_the_commit_before_the_last_bytes(trainer: An
             assert order.index("window") < order.index("ready told")
             last = len(order) - 1 - order[::-1].index("bytes")
             assert order.index("commit sent") < last < order.index("committed told")
+
+
+@MODES
+def test_other_parameters_than_stood_are_seen(client: InferenceClient, trainer: Any, mode: str) -> None:
+    """Where all stood at the last update that is looked at once the next has begun."""
+    model, weights = trainer(mode)
+    for seed in range(3):
+        write(model, seed)
+        weights.sync()
+    layer = next(module for module in model.modules() if isinstance(module, nn.Linear))
+    layer.weight = nn.Parameter(torch.randn_like(layer.weight))
+    for _ in range(2):
+        weights.sync()
+        assert holds(client, weights)
+    version, whole = weights.weight_version, layer.weight
+    layer.weight = nn.Parameter(whole.to(torch.int8), requires_grad=False)
+    with pytest.raises(FailedPrecondition, match=r"weight is quantized to torch\.int8"):
+        weights.sync()
+    answer = now(client)
+    assert (answer.state, answer.weight_version) == (pb.WEIGHT_STATE_COMMITTED, version)
+    layer.weight = whole
+    weights.sync()
+    assert holds(client, weights)
 
 
 def test_parameters_that_became_the_mirror_are_the_trainers_own_again(trainer: Any) -> None:
