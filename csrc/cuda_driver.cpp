@@ -71,9 +71,9 @@ namespace {
 // device.
 Context primary(Device device) {
     static std::mutex mutex;
-    static std::map<Device, Context> retained;
+    static auto* const retained = new std::map<Device, Context>;  // threads may come here as the process ends
     const std::scoped_lock lock(mutex);
-    Context& context = retained[device];
+    Context& context = (*retained)[device];
     if (context == nullptr) {
         check(Driver::get().primary_retain(&context, device), "cuDevicePrimaryCtxRetain");
     }

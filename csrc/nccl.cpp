@@ -144,9 +144,11 @@ void Communicator::broadcast(const std::vector<Span>& spans, int root, std::uint
     }
     check(get().group_end(), "ncclGroupEnd", communicator_);
     check(failed, "ncclBroadcast", communicator_);
-    // A thread of NCCL's goes on with it, for less time than any sleep takes.
+    // A thread of NCCL's goes on with it, for less time than any sleep takes. What fails there `ready` tells.
     const auto end = std::chrono::steady_clock::now() + kLaunch;
-    for (int asked = 1; !ready(); ++asked) {
+    Result state = kInProgress;
+    for (int asked = 1; state == kInProgress; ++asked) {
+        if (get().get_async_error(communicator_, &state) != kSuccess) return;
         if (asked >= kAskedAtLeast && std::chrono::steady_clock::now() > end) return;
         std::this_thread::yield();
     }

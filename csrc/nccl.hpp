@@ -1,4 +1,5 @@
-// NCCL, found at run time: one rank's end of a communicator, none of whose calls waits for another rank.
+// NCCL, found at run time: one rank's end of a communicator, none of whose calls waits for another rank for
+// more than the time of a launch.
 #pragma once
 
 #include <cstddef>

@@ -17,7 +17,7 @@ from inference_service.landing import PATIENCE_S
 from weight_transfer.arena import Arena
 from weight_transfer.cuda.nccl import Communicator
 from weight_transfer.digest import finished
-from weight_transfer.messages import messages, unsigned
+from weight_transfer.messages import MessageMemory, unsigned
 from weight_transfer.patches import patch
 from weight_transfer.reading import Reading
 from weight_transfer.tiles import finer, tilings
@@ -97,21 +97,21 @@ class Changes:
         if any(not 0 <= room <= tiling.most for room, tiling in zip(told, self._tilings, strict=True)):
             raise RuntimeError("the trainer cuts the policy in another way")
         words = [tiling.words(room) for tiling, room in zip(self._tilings, told, strict=True)]
-        room, _ = messages(words, device, kept=staged)
+        messages = MessageMemory(device).of(words, kept=staged)
         sums = torch.zeros(len(self._placements), dtype=torch.int64, device=device)
         found = torch.zeros(n, dtype=torch.int64, device=device)
         began, came = communicator.mark(), []
         free: list[torch.cuda.Event] = []
-        for k, (place_changes, message) in enumerate(zip(self._patches, room.each, strict=True)):
-            before = began if k < room.slots else free[k - room.slots]
+        for k, (place_changes, message) in enumerate(zip(self._patches, messages.each, strict=True)):
+            before = began if k < messages.slots else free[k - messages.slots]
             came.append(communicator.broadcast([span_of(message)], TRAINER, pulse, before))
             communicator.follow(came[-1])
             place_changes(rooms[k:], sums, message, write=not staged)
-            if not room.apart:
+            if not messages.apart:
                 found[k : k + 1] = unsigned(message[:1])
                 free.append(communicator.mark())
-        if room.apart:
-            found = room.counts()
+        if messages.apart:
+            found = messages.counts()
         for event in came:
             communicator.wait(event, PATIENCE_S)
         whole = [k for k, (count, room) in enumerate(zip(found.tolist(), told, strict=True)) if count > room]
@@ -119,7 +119,7 @@ class Changes:
         if whole:
             self._receive_whole(whole, parts, communicator, pulse, place())
         if staged:
-            self._kept = _Kept(room.each, rooms, whole)
+            self._kept = _Kept(messages.each, rooms, whole)
         return parts
 
     def install(self) -> list[Window]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from tests import host_nccl
 from tests.host_nccl import wide
 from tests.over_nccl import Make, client, holds, serving, trainers
 from tests.weight_service import WeightService
@@ -17,18 +20,30 @@ from trainer_service.weights import PolicyWeights
 from weight_transfer import messages
 from weight_transfer.sparse import bits
 
-__all__ = ["client", "service", "trainer"]  # fixtures
+__all__ = ["client", "memory", "service", "trainer"]  # fixtures
+#: How much memory the messages of an update have, on either side: each its own, or that of three before it.
+MEMORY = {"apart": messages.ALL_BYTES, "again": 0}
+
+
+def _on_a_gpu_with(memory: int, *arguments: Any) -> Any:
+    messages.ALL_BYTES = memory  # in the service's process
+    return host_nccl.on_a_gpu(*arguments)
+
+
+@pytest.fixture(params=MEMORY)
+def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(messages, "ALL_BYTES", MEMORY[request.param])
+    return MEMORY[request.param]
 
 
 @pytest.fixture
-def service(tmp_path: Path) -> Iterator[WeightService]:
-    with serving(tmp_path, wide) as service:
+def service(tmp_path: Path, memory: int) -> Iterator[WeightService]:
+    with serving(tmp_path, wide, partial(_on_a_gpu_with, memory)) as service:
         yield service
 
 
 @pytest.fixture
-def trainer(client: InferenceClient, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
-    monkeypatch.setattr(messages, "ALL_BYTES", 0)  # memory of messages is used again and again
+def trainer(client: InferenceClient) -> Iterator[Make]:
     with trainers(client, lambda dtype: wide().to(dtype), sparse=True) as make:
         yield make
 

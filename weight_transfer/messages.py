@@ -41,25 +41,38 @@ class Messages:
         return unsigned(torch.cat([message[:1] for message in self.each[: self.slots]]))
 
 
-def messages(
-    words: Sequence[int], device: torch.device, memory: torch.Tensor | None = None, *, kept: bool = False
-) -> tuple[Messages, torch.Tensor]:
-    """Room for messages of so many words each, and the memory that it is in.
+class MessageMemory:
+    """Memory for one update's messages after another's."""
 
-    Args:
-        memory: what a call before gave, to be used again where it is enough.
-        kept: whether all are wanted at once, however large.
-    """
-    steps = [-(-n // _ALIGNED) * _ALIGNED for n in words]
-    slots = len(steps)
-    if not kept and ENTRY * sum(steps) > ALL_BYTES:
-        slots = min(slots, max(SLOTS, ALL_BYTES // (ENTRY * max(steps))))
-        steps = [max(steps)] * slots
-    if memory is None or len(memory) < sum(steps):
-        memory = torch.empty(sum(steps), dtype=torch.int32, device=device)
-    starts = list(itertools.accumulate(steps, initial=0))
-    each = tuple(memory[starts[k % slots] :][:n] for k, n in enumerate(words))
-    return Messages(each, slots), memory
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._memory: torch.Tensor | None = None
+
+    def of(self, words: Sequence[int], *, kept: bool = False) -> Messages:
+        """Messages of so many words each, in the place of those before.
+
+        Args:
+            kept: whether all are wanted at once, however large.
+
+        Raises:
+            torch.OutOfMemoryError: the device has not as much.
+        """
+        steps = [-(-n // _ALIGNED) * _ALIGNED for n in words]
+        slots, largest = len(steps), max(steps, default=0)
+        if not kept and ENTRY * sum(steps) > ALL_BYTES:
+            fewer = max(SLOTS, ALL_BYTES // (ENTRY * largest))
+            if fewer * largest < sum(steps):
+                slots, steps = fewer, [largest] * fewer
+        if self._memory is None or len(self._memory) < sum(steps):
+            self._memory = None  # first, or there would be both
+            self._memory = torch.empty(sum(steps), dtype=torch.int32, device=self._device)
+        starts = list(itertools.accumulate(steps, initial=0))
+        each = [self._memory[starts[k % slots] :][:n] for k, n in enumerate(words)]
+        return Messages(tuple(each), slots)
+
+    def drop(self) -> None:
+        """Let go of it."""
+        self._memory = None
 
 
 def unsigned(words: torch.Tensor) -> torch.Tensor:

@@ -28,9 +28,9 @@ ENTRY = 4
 BREAK_EVEN = 0.25
 """The share of a window's units from which on it travels whole. An entry is two units' bytes, so that bytes break even
 at one half; there changes would cost the time to find and to place them besides. To be measured between two GPUs."""
-CHANGES_BYTES = 2 << 30
+CHANGES_BYTES = 1 << 30
 """Of a window of which changes travel. Each costs some tenths of a millisecond of either host's time, whatever it has.
-At worst three messages are in memory at once, of half as many bytes each."""
+At worst three messages are in memory at once, each half as large."""
 _LAST_BYTES = 64 << 20
 _FIRST = 1 / 32
 _SLACK, _AT_LEAST = 1.5, 1 << 10

@@ -259,12 +259,18 @@ def watching(stub: WeightServiceStub) -> Iterator[Iterator[tuple[int, str]]]:
 
 def wait_for(changes: Iterator[tuple[int, str]], wanted: str) -> int:
     """Wait until the state is `wanted`. The version then. The watch's deadline is the wait's."""
-    return next(version for version, found in changes if found == wanted)
+    for version, found in changes:
+        if found == wanted:
+            return version
+    raise AssertionError(f"the watch ended before {wanted}")
 
 
 def wait_for_either(changes: Iterator[tuple[int, str]], *wanted: str) -> str:
     """Wait until the state is one of these. Which."""
-    return next(found for _, found in changes if found in wanted)
+    for _, found in changes:
+        if found in wanted:
+            return found
+    raise AssertionError(f"the watch ended before any of {wanted}")
 
 
 def _block(block: pb.Block) -> Block:

@@ -20,7 +20,7 @@ from tandem.weights.v1 import weights_pb2 as pb
 from tests import host_nccl
 from tests.host_nccl import wide
 from tests.over_nccl import MODES, holds
-from tests.sparse_nccl import assert_changes_travel_alone, change, client, service, size, trainer
+from tests.sparse_nccl import assert_changes_travel_alone, change, client, memory, service, size, trainer
 from trainer_service.client import InferenceClient
 from trainer_service.lease import Lease
 from trainer_service.session import Session
@@ -30,7 +30,7 @@ from weight_transfer.sparse import bits
 from weight_transfer.tiles import BREAK_EVEN, HEADER
 from weight_transfer.transports import nccl_sparse
 
-__all__ = ["client", "service", "trainer"]  # fixtures
+__all__ = ["client", "memory", "service", "trainer"]  # fixtures
 
 
 @MODES

@@ -16,14 +16,14 @@ from tests import host_nccl
 from tests.forks import processes
 from tests.host_nccl import wide
 from tests.over_nccl import BUSY, LEASE_S, MODES, holds, now, until_under_way
-from tests.sparse_nccl import assert_changes_travel_alone, change, client, service, trainer
+from tests.sparse_nccl import assert_changes_travel_alone, change, client, memory, service, trainer
 from tests.weight_service import WeightService
 from trainer_service.client import InferenceClient
 from trainer_service.weights import PolicyWeights
 from weight_transfer.tiles import HEADER
 from weight_transfer.transports.base import digest_of
 
-__all__ = ["client", "service", "trainer"]  # fixtures
+__all__ = ["client", "memory", "service", "trainer"]  # fixtures
 
 
 def one_change_is_lost(weights: PolicyWeights, monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -14,7 +14,7 @@ from weight_transfer.arena import Arena
 from weight_transfer.cuda.nccl import Communicator, Span
 from weight_transfer.cuda.several import Several
 from weight_transfer.digest import finished
-from weight_transfer.messages import messages, unsigned
+from weight_transfer.messages import MessageMemory, unsigned
 from weight_transfer.patches import Find, find
 from weight_transfer.tiles import ENTRY, HEADER, finer, tilings
 from weight_transfer.transports.base import SourceTensor
@@ -57,7 +57,7 @@ class SparseMirror(Mirror):
         self._last: list[int | None] = [None] * len(self._finer)  # units that changed, of each window
         self._base: list[Arena] = []
         self._finds: list[Find] = []
-        self._messages: torch.Tensor | None = None  # their memory
+        self._memory_of_messages = MessageMemory(layout.device)
         self._search: _Search | None = None  # of the update that is under way
         self._follow: Callable[[torch.cuda.Event], None] = lambda event: None
         self._refused = False  # there is no memory for a base
@@ -113,7 +113,7 @@ class SparseMirror(Mirror):
         super().close()
         self._finds.clear()
         self._base.clear()
-        self._messages = None
+        self._memory_of_messages.drop()
         self._renewed = self._committed = False
 
     def _renew(self) -> bool:
@@ -154,27 +154,27 @@ class SparseMirror(Mirror):
         """Look for changes, and send them. Nothing waits for the host: a message has the room that was told first."""
         rooms = [tiling.room(n) for tiling, n in zip(self._tilings, self._last, strict=True)]
         words = [tiling.words(room) for tiling, room in zip(self._tilings, rooms, strict=True)]
-        room, self._messages = messages(words, self._device, self._messages)
+        messages = self._memory_of_messages.of(words)
         told = torch.tensor(rooms, dtype=torch.int64).to(self._device)
         counts = torch.zeros_like(told)
         sums = torch.zeros(len(self._manifest), dtype=torch.int64, device=self._device)
-        room.clear()
+        messages.clear()
         written = communicator.mark()
         with communicator.beside():
             communicator.follow(written)
             sent = [communicator.broadcast([span_of(told)], TRAINER, alive, written)]
             try:
-                for k, (search, message) in enumerate(zip(self._finds, room.each, strict=True)):
-                    if k >= room.slots:
-                        communicator.follow(sent[1 + k - room.slots])
+                for k, (search, message) in enumerate(zip(self._finds, messages.each, strict=True)):
+                    if k >= messages.slots:
+                        communicator.follow(sent[1 + k - messages.slots])
                         message[:HEADER].zero_()
                     search(told[k:], sums, message)
-                    if not room.apart:
+                    if not messages.apart:
                         counts[k : k + 1] = unsigned(message[:1])
                     found = communicator.mark()
                     sent.append(communicator.broadcast([span_of(message)], TRAINER, alive, found))
-                if room.apart:
-                    counts = room.counts()
+                if messages.apart:
+                    counts = messages.counts()
             finally:
                 nbytes = told.nbytes + ENTRY * sum(words)
                 self._follow = communicator.follow
