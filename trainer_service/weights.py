@@ -218,10 +218,7 @@ class PolicyWeights:
         return self._led(self._listing.policy(model, wanted))
 
     def _stands(self, *, same_parameters: bool = False) -> bool:
-        """Whether all that an update carries is known to be the engine's memory, without listing it anew.
-
-        The transport holds on to them.
-        """
+        """Whether all that an update carries is known to be in memory that the transport holds, without a new list."""
         self._stood = False
         if self._session is not None and self._session.transport.stands():
             self._stood = same_parameters or self._listing.same(self._model())
