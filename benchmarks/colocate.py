@@ -10,6 +10,7 @@ small parameter. Each part of each size is written to FILE as soon as it is know
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import tempfile
@@ -24,6 +25,7 @@ import torch
 
 from benchmarks.colocate_kernels import kernels
 from benchmarks.colocate_peers import ENGINE, Peer, config, on_device, used
+from benchmarks.colocate_sleep import sleeps
 from benchmarks.measure import ROUNDS, WARM_UPS, percentiles, provenance
 from tandem.inference.v1 import inference_pb2
 from tests.models import tokenizer
@@ -36,7 +38,7 @@ from weight_transfer.digest import combine, digest_tensors
 #: Seconds of an optimizer's step: AdamW's takes longer at each of these sizes.
 STEP_S = 0.005
 #: What there is to measure of each size. The peers are `benchmarks.colocate_peers`.
-PARTS = ("kernels", "ours", "grpo", "trl", "ipc", "generate")
+PARTS = ("kernels", "ours", "sleep", "grpo", "trl", "ipc", "generate")
 
 
 def main() -> None:
@@ -88,10 +90,10 @@ def parts(size: str, wanted: list[str], *, eager: bool) -> Iterator[tuple[str, d
         if "kernels" in wanted:
             yield "kernels", done(kernels(size))
             torch.cuda.empty_cache()
-        make(size, path, weights=bool({"ours", "grpo", "generate"} & set(wanted)))
+        make(size, path, weights=bool({"ours", "sleep", "grpo", "generate"} & set(wanted)))
         yield "checkpoint", done({})
-        if {"ours", "grpo"} & set(wanted):
-            own: list[str] = [part for part in ("ours", "grpo") if part in wanted]
+        own: list[str] = [part for part in ("ours", "sleep", "grpo") if part in wanted]
+        if own:
             yield "ours", done(ours(size, path, Path(folder), own, eager=eager))
             gc.collect()
             torch.cuda.empty_cache()  # or the peers would have less of the device
@@ -159,7 +161,8 @@ def make(size: str, path: Path, *, weights: bool = True) -> Path:
 
 def ours(size: str, model: Path, folder: Path, wanted: list[str], *, eager: bool) -> dict[str, Any]:
     """An engine of this model: aliased and written syncs with it, and training."""
-    arguments = {name: json.dumps(value) for name, value in (ENGINE | {"enforce_eager": eager}).items()}
+    engine = ENGINE | {"enforce_eager": eager} | ({"enable_sleep_mode": True} if "sleep" in wanted else {})
+    arguments = {name: json.dumps(value) for name, value in engine.items()}
     before = used()
     environment = {"TORCHDYNAMO_DISABLE": "0", "OMP_NUM_THREADS": "8"}
     with inference_service(model, folder, wait=False, environment=environment, **arguments) as service:
@@ -173,6 +176,14 @@ def ours(size: str, model: Path, folder: Path, wanted: list[str], *, eager: bool
             found |= syncs(size, service, before)
             gc.collect()
             torch.cuda.empty_cache()
+        if "sleep" in wanted:
+            with closing(InferenceClient(service.address)) as client:
+                with trainer(client, size, torch.bfloat16) as (policy, weights):
+                    weights.sync()
+                    generate = functools.partial(rollouts, service)
+                    found["sleep"] = sleeps(
+                        service, weights, Small(policy).step, generate, Same(policy, service)
+                    )
         if training is not None:
             found["grpo_ours"] = training.found()
     return found
