@@ -26,6 +26,8 @@ _PROMPT_TOKENS = 16  # what the largest batch is asked for with
 def grpo(path: str, address: str = "") -> dict[str, Any]:
     """Seconds of a step by phase, rollouts a second, the most of the device that was in use, and the largest batch.
 
+    In server mode, where engine and trainer have a device each, there is no largest batch to be compared.
+
     Args:
         path: the model.
         address: of our inference service; or, beginning with http, of the server that TRL's server mode has; or
@@ -89,7 +91,8 @@ def grpo(path: str, address: str = "") -> dict[str, Any]:
         trainer.train()
         in_use = used()
         peak, peak_of_torch = most[0], torch.cuda.max_memory_reserved()
-        largest = largest_batch(trainer, _PROMPT_TOKENS, TOKENS)
+        shared = not server and (not address or trainer.policy_weights.aliased)
+        largest = largest_batch(trainer, _PROMPT_TOKENS, TOKENS) if shared else None
     step = percentiles(watch.seconds[2:])
     rollouts = MICRO_BATCH * MICRO_BATCHES
     found: dict[str, Any] = {

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 _STEP = 8  # rollouts: a group
+_FIRST = 128
 _MOST = 2048
 _WITHIN = 1 / 16  # of the answer: each try of a large one takes many seconds
 
@@ -16,9 +17,9 @@ def largest_batch(trainer: Any, prompt_tokens: int, new_tokens: int) -> int:
 
     There may fit a sixteenth more. To be asked after steps were made, with the optimizer's state in place.
     """
-    fits, fails = 0, _STEP
+    fits, fails = 0, _FIRST
     while fails <= _MOST and _fits(trainer, fails, prompt_tokens, new_tokens):
-        fits, fails = fails, -(-fails * 3 // 2 // _STEP) * _STEP
+        fits, fails = fails, 2 * fails
     fails = min(fails, _MOST + _STEP)
     while fails - fits > max(_STEP, fits * _WITHIN):
         between = (fits + fails) // 2 // _STEP * _STEP

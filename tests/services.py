@@ -95,6 +95,24 @@ class Service:
         return self.process.wait(30)
 
 
+def _until_gone(group: int, seconds: float = 20) -> None:
+    """Wait until no process of the group is left. What it had of a device is free only then."""
+    import psutil
+
+    def alive() -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    end = time.monotonic() + seconds
+    while left := alive():
+        assert time.monotonic() < end, f"still there: {left}"
+        time.sleep(0.02)
+
+
 @contextlib.contextmanager
 def inference_service(
     model: Path,
@@ -128,3 +146,4 @@ def inference_service(
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait(10)
+            _until_gone(process.pid)
