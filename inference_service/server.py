@@ -59,7 +59,7 @@ async def serve(settings: InferenceSettings) -> None:
     )
     serving.add(
         weights_pb2_grpc.add_WeightServiceServicer_to_server,
-        WeightServicer(host, settings.lease_timeout_s, settings.max_chunk_bytes),
+        WeightServicer(host, settings.lease_timeout_s, settings.max_chunk_bytes, serving.ending),
         WEIGHTS,
         long_lived=["WatchWeightVersion"],
     )

@@ -114,7 +114,7 @@ async def serve(
     serving = Serving(ServingConfig(addresses=(address,), handle_signals=False, grace_s=0))
     serving.add(
         weights_pb2_grpc.add_WeightServiceServicer_to_server,
-        WeightServicer(host, lease_timeout_s, max_chunk_bytes),
+        WeightServicer(host, lease_timeout_s, max_chunk_bytes, serving.ending),
         "tandem.weights.v1.WeightService",
         long_lived=["WatchWeightVersion"],
     )

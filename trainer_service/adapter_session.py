@@ -33,6 +33,7 @@ class AdapterSession(Session):
         self._adapter = name
         self._base_of = base_of
         super().__init__(client, adapter_of, transport="stream", timeout_s=ANSWER_TIMEOUT_S)
+        del self._base_of  # it is its owner's, who ends this session when nobody needs it any more
 
     def _request(self, manifest: Manifest, policy: list[SourceTensor]) -> pb.OpenSessionRequest:
         base = self._base_of(self.names)

@@ -1,8 +1,7 @@
-"""One update as its stream: begin, chunks, commit or abort, and heartbeats in between."""
+"""One update in its stream: begin, chunks, commit or abort, and heartbeats in between."""
 
 from __future__ import annotations
 
-import queue
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -10,8 +9,8 @@ from contextlib import contextmanager, suppress
 from tandem import rpc
 from tandem.errors import DeadlineExceeded, Internal, Reason, TandemError
 from tandem.weights.v1 import weights_pb2 as pb
-from tandem.weights.v1.weights_pb2_grpc import WeightServiceStub
 from trainer_service.heart import HEART
+from trainer_service.line import Line
 from weight_transfer.transports import Chunk, Piece, Sum
 
 _HEARTBEAT = pb.UpdateWeightsRequest(heartbeat=pb.Heartbeat())
@@ -27,7 +26,7 @@ class Lease:
 
     def __init__(
         self,
-        stub: WeightServiceStub,
+        line: Line,
         begin: pb.BeginUpdate,
         *,
         heartbeat_s: float,
@@ -39,7 +38,7 @@ class Lease:
         """Open the update and wait until the service is ready.
 
         Args:
-            stub: the weight service.
+            line: to the weight service. It stays open where the update is committed.
             meanwhile: what to do while the service makes itself ready, with this lease.
             begin: the first message.
             heartbeat_s: seconds between two heartbeats.
@@ -50,16 +49,18 @@ class Lease:
         Raises:
             TandemError: the service refused, or did not answer in time.
         """
-        # Few slots: `send` waits for the network, so that chunks don't pile up here.
-        self._outbox: queue.Queue[pb.UpdateWeightsRequest | None] = queue.Queue(maxsize=4)
+        self._line = line
         self._answer_timeout_s = answer_timeout_s
-        self._answer_by: float | None = None
-        self._overdue = False
+        self._timeout_s, self._until = timeout_s, time.monotonic() + timeout_s
+        self._answer_by: tuple[float, float] | None = (
+            None  # and of how many seconds' patience that is the end
+        )
+        self._overdue = ""
+        self._over = False
         self._done: pb.UpdateWeightsResponse | None = None
         self.promised = False  # the commit was sent, while bytes were still on their way by themselves
-        self._outbox.put(pb.UpdateWeightsRequest(begin=begin))
-        self._call = stub.UpdateWeights(self._messages(), timeout=timeout_s)
         try:
+            self._put(pb.UpdateWeightsRequest(begin=begin))
             HEART.add(self, heartbeat_s)
             meanwhile(self)
             self._answer("ready", ready_timeout_s)
@@ -84,7 +85,7 @@ class Lease:
 
     def check(self) -> None:
         """Raise what ended the update, if the service did."""
-        if not self._call.is_active() and self._done is None:
+        if not self._line.open and self._done is None:
             done = self._answer("committed" if self.promised else "")
             self._done = done  # it was quicker than what is looked at here
 
@@ -115,9 +116,12 @@ class Lease:
                 self._put(pb.UpdateWeightsRequest(commit=pb.CommitUpdate(digest=digest)))
             meanwhile()
             committed = (self._done or self._answer("committed")).committed
-            return committed.weight_version, committed.stopped.ToNanoseconds() / 1e9
-        finally:
+        except BaseException:
             self._end()
+            raise
+        self._over = True
+        HEART.remove(self)
+        return committed.weight_version, committed.stopped.ToNanoseconds() / 1e9
 
     def abort(self, reason: str, *, untouched: bool) -> None:
         """Give the update up. Errors are dropped: whatever the service says, the update is over."""
@@ -142,29 +146,21 @@ class Lease:
         """End it without a word, from any thread: the service is gone. Whoever waits here gets an error."""
         self._end()
 
-    def _messages(self) -> Iterator[pb.UpdateWeightsRequest]:
-        while (message := self._outbox.get()) is not None:
-            yield message
-
     def _put(self, message: pb.UpdateWeightsRequest) -> None:
-        while True:
-            try:
-                return self._outbox.put(message, timeout=0.2)
-            except queue.Full:
-                self.check()
+        while not self._line.put(message):
+            self.check()
 
     def _answer(self, step: str, timeout_s: float | None = None) -> pb.UpdateWeightsResponse:
         timeout_s = self._answer_timeout_s if timeout_s is None else timeout_s
-        self._answer_by = time.monotonic() + timeout_s
+        self._answer_by = time.monotonic() + timeout_s, timeout_s
         try:
             with rpc.translated():
-                response: pb.UpdateWeightsResponse = next(self._call)
+                response: pb.UpdateWeightsResponse = next(self._line.call)
         except StopIteration:
             raise Internal(Reason.BUG, "The service ended the update without an answer.") from None
         except TandemError as error:
             if self._overdue:
-                message = f"The service did not answer the update within {timeout_s:.0f} s."
-                raise DeadlineExceeded(Reason.DEADLINE, message) from error
+                raise DeadlineExceeded(Reason.DEADLINE, self._overdue) from error
             raise
         finally:
             self._answer_by = None
@@ -173,15 +169,19 @@ class Lease:
         return response
 
     def beat(self) -> None:
-        """Say that this process lives, and give up an answer that is overdue. Waits for nothing."""
-        if self._answer_by is not None and time.monotonic() > self._answer_by:
-            self._overdue = True
-            self._call.cancel()
-        with suppress(queue.Full):  # full of chunks: they are signs of life as well
-            self._outbox.put_nowait(_HEARTBEAT)
+        """Say that this process lives, and give up what is overdue. Waits for nothing."""
+        if self._over:  # its line may be the next update's by now
+            return
+        now = time.monotonic()
+        if (answer := self._answer_by) is not None and now > answer[0]:
+            self._overdue = f"The service did not answer the update within {answer[1]:.0f} s."
+        elif now > self._until:
+            self._overdue = f"The update took more than {self._timeout_s:.0f} s."
+        if self._overdue:
+            self._line.close()
+        self._line.put_at_once(_HEARTBEAT)  # full of chunks: they are signs of life as well
 
     def _end(self) -> None:
+        self._over = True
         HEART.remove(self)
-        with suppress(queue.Full):  # full and unread: the call is over, and so is its reader
-            self._outbox.put_nowait(None)
-        self._call.cancel()
+        self._line.close()

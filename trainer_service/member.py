@@ -147,7 +147,7 @@ class Member:
 
     def _close(self) -> None:
         if self._session is not None:
-            self._session.transport.close()
+            self._session.close()
 
     def _lively(self, call: Callable[[Lease], None]) -> None:
         """Call, unless it is lost. That it went away meanwhile is no error here."""

@@ -14,6 +14,7 @@ from tandem.errors import FailedPrecondition, Internal, Reason
 from tandem.weights.v1 import weights_pb2 as pb
 from trainer_service.client import InferenceClient
 from trainer_service.lease import Lease
+from trainer_service.line import Line
 from weight_transfer.cuda import nccl
 from weight_transfer.cuda.devices import uuid_of
 from weight_transfer.identity import ProcessIdentity
@@ -68,6 +69,7 @@ class Session:
             Aborted: another trainer has the engine.
         """
         self._client = client
+        self._line: Line | None = None
         with rpc.translated():
             answer = client.weights.GetManifest(pb.GetManifestRequest(), timeout=timeout_s)
         manifest = manifest_of(answer.manifest)
@@ -166,7 +168,7 @@ class Session:
         )
         try:
             return Lease(
-                self._client.weights,
+                self._line_for(timeout_s),
                 begin,
                 heartbeat_s=max(self.lease_timeout_s / 4, 0.05),
                 timeout_s=timeout_s,
@@ -177,6 +179,23 @@ class Session:
         except BaseException:
             transport.withdraw()
             raise
+
+    def _line_for(self, seconds: float) -> Line:
+        """The last update's, if it is still there for as long; else another."""
+        if self._line is None or not self._line.lasts(seconds):
+            self._end_line()
+            self._line = Line(self._client.weights, 2 * seconds)
+        return self._line
+
+    def _end_line(self) -> None:
+        line, self._line = self._line, None
+        if line is not None:
+            line.close()
+
+    def close(self) -> None:
+        """End it. Parameters that were the engine's memory get memory of their own, with the same values."""
+        self._end_line()
+        self.transport.close()
 
     def holds(self, number: int, digest: int) -> bool:
         """Whether the engine has committed weights of this digest as version `number`."""

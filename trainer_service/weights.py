@@ -131,7 +131,7 @@ class PolicyWeights:
         self._session = patiently(self._open)
         self._dirty = True
         # Parameters must not stay engine memory once nobody is left to take the lease for them.
-        self._finalizer = weakref.finalize(self, self._session.transport.close)
+        self._finalizer = weakref.finalize(self, self._session.close)
         self._finalizer.atexit = False
         self._steps = self._steps or Steps(self)
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
+from contextlib import aclosing
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from inference_service.host import Host
 from inference_service.policy import Policy
 from inference_service.servicers.engine import pause_mode
+from inference_service.servicers.trainer import Trainer
 from inference_service.session import Session
 from inference_service.trained import trained_adapter
 from inference_service.transports import NCCL, SHARED, STREAM
@@ -31,8 +33,6 @@ from weight_transfer.manifest import Manifest, TensorSpec
 from weight_transfer.placement import Placement
 from weight_transfer.sparse import Packed
 
-_TICKS = 8
-T = TypeVar("T")
 _TRANSPORT = {SHARED: pb.TRANSPORT_SHARED, NCCL: pb.TRANSPORT_NCCL, STREAM: pb.TRANSPORT_STREAM}
 _MODE = {"in_place": pb.UPDATE_MODE_IN_PLACE, "staged": pb.UPDATE_MODE_STAGED}
 
@@ -40,8 +40,10 @@ _MODE = {"in_place": pb.UPDATE_MODE_IN_PLACE, "staged": pb.UPDATE_MODE_STAGED}
 class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
     """Steers a Host's policy. A trainer is heard every `lease_timeout` seconds while its update is open."""
 
-    def __init__(self, host: Host, lease_timeout: float, max_chunk_bytes: int) -> None:
+    def __init__(self, host: Host, lease_timeout: float, max_chunk_bytes: int, ending: asyncio.Event) -> None:
+        """ending: set once the service lets no update begin any more."""
         self._host = host
+        self._ending = ending
         self._lease_timeout = lease_timeout
         self._max_chunk_bytes = max_chunk_bytes
 
@@ -100,41 +102,50 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
     async def UpdateWeights(
         self, request_iterator: AsyncIterator[pb.UpdateWeightsRequest], context: Any
     ) -> AsyncIterator[pb.UpdateWeightsResponse]:
-        policy = self._host.policy
-        trainer = _Trainer(request_iterator, self._lease_timeout)
+        trainer = Trainer(request_iterator, self._lease_timeout)
         try:
-            begin = (await trainer.next()).begin
-            if not begin.session_id:
-                raise FailedPrecondition(
-                    Reason.UPDATE_ORDER, "an update starts with begin, which names a session"
-                )
-            session = self._host.sessions.get(begin.session_id)
-            mode = pause_mode(begin.in_flight, "begin.in_flight")
-            way = self._host.sessions.way(session, partial=begin.partial, nccl_id=begin.nccl_id)
-            with session.watched(trainer.gone):
-                beginning = policy.begin(
-                    begin.base_version,
-                    way,
-                    in_flight=mode,
-                    writer=session if session.transport == SHARED and way.in_place else None,
-                    new_version=begin.new_version if begin.HasField("new_version") else None,
-                )
-                # To join a communicator takes both sides: one that is silent then does not come.
-                update = await (trainer.heard_during(beginning) if begin.nccl_id else beginning)
-                async with _Lease(update) as lease:
-                    if reason := trainer.has_gone:  # before it was told that it may write
-                        # What comes by NCCL is on its way.
-                        await lease.settle().abort(untouched=way.invitation is None, reason=reason)
-                        raise Aborted(Reason.LEASE_LOST, reason)
-                    chosen = _MODE["in_place" if way.in_place else "staged"]
-                    yield pb.UpdateWeightsResponse(ready=pb.UpdateReady(mode=chosen))
-                    async for answer in self._move(policy, session, lease, trainer):
+            message: pb.UpdateWeightsRequest | None = await trainer.next()
+            while message is not None:
+                async with aclosing(self._update(message.begin, trainer)) as answers:
+                    async for answer in answers:
                         yield answer
+                message = await trainer.again(self._ending)
         finally:
             trainer.close()
 
+    async def _update(
+        self, begin: pb.BeginUpdate, trainer: Trainer
+    ) -> AsyncGenerator[pb.UpdateWeightsResponse, None]:
+        policy = self._host.policy
+        if not begin.session_id:
+            raise FailedPrecondition(
+                Reason.UPDATE_ORDER, "an update starts with begin, which names a session"
+            )
+        session = self._host.sessions.get(begin.session_id)
+        mode = pause_mode(begin.in_flight, "begin.in_flight")
+        way = self._host.sessions.way(session, partial=begin.partial, nccl_id=begin.nccl_id)
+        with session.watched(trainer.gone):
+            beginning = policy.begin(
+                begin.base_version,
+                way,
+                in_flight=mode,
+                writer=session if session.transport == SHARED and way.in_place else None,
+                new_version=begin.new_version if begin.HasField("new_version") else None,
+            )
+            # To join a communicator takes both sides: one that is silent then does not come.
+            update = await (trainer.heard_during(beginning) if begin.nccl_id else beginning)
+            async with _Lease(update) as lease:
+                if reason := trainer.has_gone:  # before it was told that it may write
+                    # What comes by NCCL is on its way.
+                    await lease.settle().abort(untouched=way.invitation is None, reason=reason)
+                    raise Aborted(Reason.LEASE_LOST, reason)
+                chosen = _MODE["in_place" if way.in_place else "staged"]
+                yield pb.UpdateWeightsResponse(ready=pb.UpdateReady(mode=chosen))
+                async for answer in self._move(policy, session, lease, trainer):
+                    yield answer
+
     async def _move(
-        self, policy: Policy, session: Session, lease: _Lease, trainer: _Trainer
+        self, policy: Policy, session: Session, lease: _Lease, trainer: Trainer
     ) -> AsyncIterator[pb.UpdateWeightsResponse]:
         prepared = False
         while True:
@@ -216,78 +227,6 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
                 await changed.wait()
         finally:
             policy.changed.remove(changed.set)
-
-
-class _Trainer:
-    """The trainer's side of an update: its messages, and whether it is still there."""
-
-    def __init__(self, messages: AsyncIterator[pb.UpdateWeightsRequest], timeout: float) -> None:
-        self._messages = aiter(messages)
-        self._timeout = timeout
-        self._coming: asyncio.Future[Any] | None = None
-        self._gone: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-
-    @property
-    def has_gone(self) -> str:
-        """Why it will say nothing more; "" as far as is known."""
-        return str(self._gone.result()) if self._gone.done() and not self._gone.cancelled() else ""
-
-    def gone(self, reason: str) -> None:
-        if not self._gone.done():
-            self._gone.set_result(reason)
-
-    async def next(self) -> pb.UpdateWeightsRequest:
-        """The next message.
-
-        Raises:
-            Aborted: LEASE_LOST, the trainer was silent for too long, ended the stream, or closed its session.
-        """
-        message = await self._next()
-        assert message is not None  # noqa: S101  for the type checker
-        return message
-
-    async def _next(self, until: asyncio.Future[Any] | None = None) -> pb.UpdateWeightsRequest | None:
-        """The next message; None once `until` is done, where the message is the next call's. Raises as `next`."""
-        others = {self._gone} if until is None else {self._gone, until}
-        # In ticks: a loop that was stalled itself may not blame the trainer for the time.
-        for _ in range(_TICKS):
-            coming = self._coming = self._coming or asyncio.ensure_future(anext(self._messages, None))
-            await asyncio.wait(
-                {coming, *others}, timeout=self._timeout / _TICKS, return_when=asyncio.FIRST_COMPLETED
-            )
-            if until is not None and until.done():
-                return None
-            if coming.done() and (message := coming.result()) is not None:
-                self._coming = None
-                return cast(pb.UpdateWeightsRequest, message)
-            if coming.done() or self._gone.done():
-                reason = self._gone.result() if self._gone.done() else "the trainer ended its update's stream"
-                raise Aborted(Reason.LEASE_LOST, reason)
-        raise Aborted(Reason.LEASE_LOST, f"nothing was heard of the trainer for {self._timeout:g} s")
-
-    async def heard_during(self, work: Coroutine[Any, Any, T]) -> T:
-        """Await `work`, in which the trainer has nothing to say but that it is there, or that it gives up.
-
-        Raises as `next` does: `work` is cancelled then. FailedPrecondition: UPDATE_ORDER.
-        """
-        working = asyncio.ensure_future(work)
-        try:
-            while (message := await self._next(working)) is not None:
-                if (step := message.WhichOneof("step")) == "abort":
-                    raise Aborted(Reason.LEASE_LOST, message.abort.reason or "the trainer gave up")
-                if step != "heartbeat":
-                    what = f"{step or 'an empty step'} while the service has to answer"
-                    raise FailedPrecondition(Reason.UPDATE_ORDER, what)
-            return working.result()
-        finally:
-            if not working.done():
-                working.cancel()
-                await asyncio.wait({working})
-
-    def close(self) -> None:
-        self._gone.cancel()
-        if self._coming is not None:
-            self._coming.cancel()
 
 
 class _Lease:

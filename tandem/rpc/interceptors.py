@@ -47,7 +47,12 @@ class _Malformed:
 class Gate(grpc.aio.ServerInterceptor):
     """Checks the token, translates errors and counts, for all four kinds of RPC and for unknown methods."""
 
-    def __init__(self, token: str | None = None, long_lived: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        token: str | None = None,
+        long_lived: Collection[str] = (),
+        ending: asyncio.Event | None = None,
+    ) -> None:
         """Make the interceptor.
 
         Args:
@@ -55,10 +60,11 @@ class Gate(grpc.aio.ServerInterceptor):
                 for nothing.
             long_lived: full names, `package.Service/Method`, of streams without an end of their own, which
                 `drain` ends with status OK.
+            ending: what `drain` sets.
         """
         self._expected = None if token is None else f"Bearer {token}".encode()
         self._long_lived = frozenset(long_lived)
-        self._ending = asyncio.Event()
+        self._ending = ending or asyncio.Event()
         self._running = _Running()
 
     def drain(self) -> None:

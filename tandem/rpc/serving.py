@@ -87,6 +87,8 @@ class Serving:
         self._services: list[str] = []
         self._long_lived = [HEALTH_WATCH]
         self._on_stop: list[Callable[[], Awaitable[None]]] = []
+        #: Set when new RPCs are refused, for streams that wait for what their callers want next.
+        self.ending = asyncio.Event()
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -153,7 +155,7 @@ class Serving:
             InvalidArgument: an address cannot be served as configured.
             FailedPrecondition: ADDRESS_IN_USE.
         """
-        self._gate = Gate(self._config.token, self._long_lived)
+        self._gate = Gate(self._config.token, self._long_lived, self.ending)
         self._server = grpc.aio.server(
             interceptors=[self._gate], options=options.server_options(self._config.max_message_bytes)
         )

@@ -235,7 +235,7 @@ async def test_a_begin_that_is_cancelled_before_its_pause_has_its_turn_waits_for
 
 async def test_a_watcher_that_leaves_is_forgotten() -> None:
     m = Machine()
-    servicer = WeightServicer(SimpleNamespace(policy=m.policy), 2.0, 1024)  # type: ignore[arg-type]
+    servicer = WeightServicer(SimpleNamespace(policy=m.policy), 2.0, 1024, asyncio.Event())  # type: ignore[arg-type]
     before = list(m.policy.changed)
     watching = servicer.WatchWeightVersion(weights_pb2.WatchWeightVersionRequest(), None)
     assert (await anext(watching)).weight_version == m.policy.version
