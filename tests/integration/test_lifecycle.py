@@ -21,6 +21,7 @@ from tandem.errors import Reason, Unavailable
 from tandem.inference.v1 import inference_pb2 as pb
 from tandem.rpc import connect
 from tandem.weights.v1 import weights_pb2
+from tests.faults import oracle, raw
 from tests.integration.calls import LONG, Reading, ids, joined, refused, request, stats, until
 from tests.services import ENGINE, ENVIRONMENT, inference_service
 
@@ -81,6 +82,25 @@ def test_sigterm_lets_what_runs_end_and_takes_nothing_new(
         assert not list((socket_folder / "tmp").glob("tandem-*"))
         assert "Traceback" not in service.log.read_text()
         assert "engine died" not in service.log.read_text()
+
+
+def test_sigterm_ends_a_stream_of_updates_in_which_none_is_open(
+    checkpoints: dict[str, Path], socket_folder: Path
+) -> None:
+    with inference_service(checkpoints["llama"], socket_folder, "--grace-s=60") as service:
+        policy = oracle.tensors_of(
+            oracle.model_of(checkpoints["llama"]), [spec.name for spec in raw.manifest(service.weights)]
+        )
+        session = raw.Session(service.weights, policy, raw.STREAM)
+        with session.begin() as update:
+            update.abort(untouched=True)
+            begin = time.monotonic()
+            service.process.send_signal(signal.SIGTERM)
+            with pytest.raises(Unavailable) as caught:
+                update.expect("ready")
+            assert caught.value.reason == Reason.DRAINING
+            assert service.process.wait(30) == 0
+            assert time.monotonic() - begin < 30, "the grace is for what runs"
 
 
 def test_a_service_whose_engine_was_killed_says_so_and_ends_in_order(

@@ -180,6 +180,50 @@ def test_a_stream_that_ends_before_it_began(plane: Plane) -> None:
         assert reason_of(lambda: update.expect("ready"), Aborted) == Reason.LEASE_LOST
 
 
+def test_one_update_after_the_other_in_a_stream_that_holds_nothing_in_between(plane: Plane) -> None:
+    session = plane.open(STREAM)
+
+    def begin(update: raw.Update, base: int) -> None:
+        update.send(begin=pb.BeginUpdate(session_id=session.id, base_version=base))
+        update.expect("ready")
+
+    with session.begin() as update:
+        for chunk in session.chunks(plane.tensors):
+            update.send(chunk=chunk)
+        assert update.commit(session.digest(plane.tensors)) == plane.version + 1
+        update.send(heartbeat=pb.Heartbeat())  # one that was late
+        update.silence()
+        time.sleep(1.5 * NOTICED_S)
+        assert raw.state(plane.stub) == "COMMITTED"
+        with session.begin(plane.version + 1) as another:  # the lease is free
+            another.abort(untouched=True)
+        begin(update, plane.version + 1)
+        update.abort(untouched=True)
+        begin(update, plane.version + 1)
+        for chunk in session.chunks(plane.tensors):
+            update.send(chunk=chunk)
+        assert update.commit(session.digest(plane.tensors)) == plane.version + 2
+        update.end()
+        assert list(update.call) == [], "that it ends is no error"
+    plane.assert_serves(plane.new, plane.version + 2)
+
+
+@pytest.mark.parametrize("wrong", ["base", "step"])
+def test_a_later_update_that_is_refused_ends_the_stream(plane: Plane, wrong: str) -> None:
+    session = plane.open(STREAM)
+    with session.begin() as update:
+        update.abort(untouched=True)
+        if wrong == "base":
+            update.send(begin=pb.BeginUpdate(session_id=session.id, base_version=plane.version - 1))
+            reason = reason_of(lambda: update.expect("ready"), FailedPrecondition)
+            assert reason == Reason.BASE_VERSION_MISMATCH
+        else:
+            update.send(commit=pb.CommitUpdate(digest=1))
+            with pytest.raises(FailedPrecondition, match="starts with begin"):
+                update.expect("ready")
+    plane.assert_unchanged()
+
+
 def test_a_pause_mode_that_is_none(plane: Plane) -> None:
     session = plane.open(STREAM)
     with pytest.raises(InvalidArgument) as caught:

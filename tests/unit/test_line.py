@@ -1,0 +1,119 @@
+"""The stream that carries a trainer's updates, one after the other."""
+
+from __future__ import annotations
+
+import gc
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from tandem.errors import DeadlineExceeded
+from tests.policies import LEASE_S, WAYS, Engine, Policy, Sgd, assert_same, engine, policy, service, step
+from tests.weight_service import WeightService, network
+from trainer_service.client import InferenceClient
+from trainer_service.line import Line
+from trainer_service.weights import PolicyWeights
+
+__all__ = ["engine", "policy", "service"]  # fixtures
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[Line]:
+    """The lines that were opened since."""
+    found: list[Line] = []
+    make = Line.__init__
+
+    def made(line: Line, *arguments: Any) -> None:
+        make(line, *arguments)
+        found.append(line)
+
+    monkeypatch.setattr(Line, "__init__", made)
+    return found
+
+
+@pytest.mark.parametrize(("transport", "dtype"), WAYS)
+def test_one_after_the_other_however_long_the_trainer_takes_in_between(
+    engine: Engine, policy: Policy, transport: str, dtype: torch.dtype, opened: list[Line]
+) -> None:
+    model = network(dtype)
+    weights = policy(model, transport)
+    weights.sync()
+    optimizer = Sgd(model)
+    for n in range(3):
+        time.sleep(1.5 * LEASE_S if n == 1 else 0)
+        step(model, optimizer)
+        weights.sync()
+        assert_same(engine, model)
+    assert (engine.version, len(opened)) == (5, 1)
+    weights.detach()
+    assert not opened[0].open
+
+
+def test_an_update_that_is_given_up_ends_its_stream(
+    engine: Engine, policy: Policy, opened: list[Line]
+) -> None:
+    model = network()
+    weights = policy(model)
+    weights.sync()
+    with pytest.raises(ZeroDivisionError), weights.update():
+        1 / 0  # noqa: B018
+    assert [line.open for line in opened] == [False]
+    weights.sync()
+    assert_same(engine, model)
+    assert [line.open for line in opened] == [False, True]
+
+
+def test_a_service_that_was_started_again_is_reached_by_another(
+    service: WeightService, engine: Engine, policy: Policy, opened: list[Line]
+) -> None:
+    model = network()
+    weights = policy(model, "stream")
+    weights.sync()
+    service.kill()
+    service.start()
+    engine.wait_until_serving(30)
+    weights.sync()
+    assert_same(engine, model)
+    assert [line.open for line in opened][-1]
+    assert not any(line.open for line in opened[:-1])
+
+
+def test_an_update_has_its_own_deadline_and_ends_its_line_with_it(
+    engine: Engine, policy: Policy, opened: list[Line]
+) -> None:
+    weights = policy(network())
+    weights.sync()
+    lease = weights._session.begin(3, timeout_s=0.2)
+    time.sleep(LEASE_S)  # several heartbeats
+    with pytest.raises(DeadlineExceeded, match="The update took more than 0 s"):
+        lease.commit(None)
+    assert engine.state == "TORN"
+    assert not opened[-1].open
+
+
+def test_a_stream_whose_own_deadline_is_too_near_is_left(
+    engine: Engine, policy: Policy, opened: list[Line]
+) -> None:
+    weights = policy(network())
+    weights.sync()
+    session = weights._session
+    session.weight_version, _ = session.begin(3, timeout_s=900.0).commit(None)
+    assert len(opened) == 1, "the first lasts long enough"
+    session.weight_version, _ = session.begin(4, timeout_s=3600.5).commit(None)
+    assert [line.open for line in opened] == [False, True]
+    assert engine.version == 4
+
+
+def test_nobody_keeps_the_stream_of_a_trainer_that_was_forgotten(
+    service: WeightService, engine: Engine, opened: list[Line]
+) -> None:
+    client = InferenceClient(service.address)
+    weights = PolicyWeights(client, network)
+    weights.sync()
+    assert opened[0].open
+    del weights
+    gc.collect()
+    assert not opened[0].open
+    client.close()
