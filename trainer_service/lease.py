@@ -60,7 +60,7 @@ class Lease:
         self._done: pb.UpdateWeightsResponse | None = None
         self.promised = False  # the commit was sent, while bytes were still on their way by themselves
         try:
-            self._put(pb.UpdateWeightsRequest(begin=begin))
+            self._put(pb.UpdateWeightsRequest(begin=begin), out=True)
             HEART.add(self, heartbeat_s)
             meanwhile(self)
             self._answer("ready", ready_timeout_s)
@@ -113,7 +113,7 @@ class Lease:
         """
         try:
             if not self.promised:
-                self._put(pb.UpdateWeightsRequest(commit=pb.CommitUpdate(digest=digest)))
+                self._put(pb.UpdateWeightsRequest(commit=pb.CommitUpdate(digest=digest)), out=True)
             meanwhile()
             committed = (self._done or self._answer("committed")).committed
         except BaseException:
@@ -146,8 +146,8 @@ class Lease:
         """End it without a word, from any thread: the service is gone. Whoever waits here gets an error."""
         self._end()
 
-    def _put(self, message: pb.UpdateWeightsRequest) -> None:
-        while not self._line.put(message):
+    def _put(self, message: pb.UpdateWeightsRequest, *, out: bool = False) -> None:
+        while not self._line.put(message, out=out):
             self.check()
 
     def _answer(self, step: str, timeout_s: float | None = None) -> pb.UpdateWeightsResponse:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import gc
+import sys
 import time
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from inference_service.arenas import EngineArenas, HostArenas
 from tandem.errors import DeadlineExceeded
 from tests.policies import LEASE_S, WAYS, Engine, Policy, Sgd, assert_same, engine, policy, service, step
-from tests.weight_service import WeightService, network
+from tests.weight_service import IdleEngine, WeightService, engine_arenas, network
 from trainer_service.client import InferenceClient
 from trainer_service.line import Line
 from trainer_service.weights import PolicyWeights
@@ -104,6 +109,56 @@ def test_a_stream_whose_own_deadline_is_too_near_is_left(
     session.weight_version, _ = session.begin(4, timeout_s=3600.5).commit(None)
     assert [line.open for line in opened] == [False, True]
     assert engine.version == 4
+
+
+class Noting(IdleEngine):
+    """Notes when it was told to stop."""
+
+    def __init__(self, arenas: HostArenas, note: Path) -> None:
+        super().__init__(arenas)
+        self._note = note
+
+    async def halt(self, *arguments: Any, **named: Any) -> Any:
+        self._note.write_text(str(time.monotonic()))
+        return await super().halt(*arguments, **named)
+
+
+def noting(note: Path, model: nn.Module) -> tuple[IdleEngine, EngineArenas]:
+    arenas = engine_arenas(model)
+    return Noting(arenas, note), arenas
+
+
+def test_an_update_has_begun_before_the_trainer_does_anything_else(
+    tmp_path: Path, socket_folder: Path
+) -> None:
+    """Though another thread sends that, which gets no turn while this one computes."""
+    told = tmp_path / "told"
+    service = WeightService(f"unix://{socket_folder}/s", LEASE_S, engine_of=partial(noting, told))
+    service.start()
+    client = InferenceClient(service.address)
+    client.wait_until_serving(30)
+    model = network()
+    weights = PolicyWeights(client, lambda: model)
+    weights.sync()
+    computed: list[float] = []
+    before = sys.getswitchinterval()
+
+    def compute() -> None:
+        end = time.monotonic() + 0.3
+        while time.monotonic() < end:
+            pass
+        computed.append(end)
+
+    try:
+        sys.setswitchinterval(10)
+        lease = weights._session.begin(3, meanwhile=compute)
+    finally:
+        sys.setswitchinterval(before)
+    lease.commit(None)
+    assert float(told.read_text()) < computed[0]
+    weights.detach()
+    client.close()
+    service.kill()
 
 
 def test_nobody_keeps_the_stream_of_a_trainer_that_was_forgotten(
