@@ -4,7 +4,7 @@ python -m benchmarks.colocate_peers trl MODEL        TRL's colocate mode: an eng
 python -m benchmarks.colocate_peers ipc MODEL        vLLM's own IPC weight transfer, to an engine in another process
 python -m benchmarks.colocate_peers generate MODEL LOADER
                                                      an engine alone, with vLLM's loader (auto) or Tandem's
-python -m benchmarks.colocate_peers grpo MODEL [ADDRESS]
+python -m benchmarks.colocate_peers grpo MODEL [ADDRESS [MODE]]
                                                      steps of GRPO in TRL's colocate mode, in its server mode if the
                                                      address is http's, or in ours with a service
 

@@ -23,7 +23,7 @@ STEPS = 10
 _PROMPT_TOKENS = 16  # what the largest batch is asked for with
 
 
-def grpo(path: str, address: str = "") -> dict[str, Any]:
+def grpo(path: str, address: str = "", mode: str = "colocate") -> dict[str, Any]:
     """Seconds of a step by phase, rollouts a second, the most of the device that was in use, and the largest batch.
 
     In server mode, where engine and trainer have a device each, there is no largest batch to be compared.
@@ -32,24 +32,24 @@ def grpo(path: str, address: str = "") -> dict[str, Any]:
         path: the model.
         address: of our inference service; or, beginning with http, of the server that TRL's server mode has; or
             nothing, for TRL's colocate mode.
+        mode: TRL's word for where the engine is: colocate or server.
     """
     from benchmarks.colocate_peers import ENGINE, engine_for, trainers_model, used
 
     more: dict[str, Any] = {}
-    options: dict[str, Any] = {"use_vllm": True, "vllm_mode": "colocate"}
-    server = address.startswith("http")
-    if server:
-        options |= {"vllm_mode": "server", "vllm_server_base_url": address}
-        address = ""
-    if address:
-        options = {"use_vllm": False}
+    options: dict[str, Any] = {"use_vllm": True, "vllm_mode": mode}
+    theirs = not address or address.startswith("http")
+    if not theirs:
+        options["use_vllm"] = False
         trainer_class: Any = importlib.import_module("trainer_service.trainers").GRPOTrainer
         config_class: Any = importlib.import_module("trainer_service._trl").GRPOConfig
         more["inference_address"] = address
-    elif not server:
-        theirs: Any = importlib.import_module("trl.generation.vllm_generation")
-        theirs.LLM = engine_for(theirs.LLM)
-    if not address:
+    elif address:
+        options["vllm_server_base_url"] = address
+    else:
+        module: Any = importlib.import_module("trl.generation.vllm_generation")
+        module.LLM = engine_for(module.LLM)
+    if theirs:
         trainer_class, config_class = (
             getattr(importlib.import_module("trl"), f"GRPO{n}") for n in ("Trainer", "Config")
         )
@@ -77,7 +77,7 @@ def grpo(path: str, address: str = "") -> dict[str, Any]:
                 report_to=[],
                 disable_tqdm=True,
                 # Neither has vLLM make text of tokens that the tokenizer does not know.
-                **({} if address else {"generation_kwargs": {"detokenize": False}}),
+                **({"generation_kwargs": {"detokenize": False}} if theirs else {}),
             ),
             train_dataset=Dataset.from_dict({"prompt": [f"{n} and {n} make" for n in range(256)]}),
             processing_class=AutoTokenizer.from_pretrained(path),
@@ -91,8 +91,7 @@ def grpo(path: str, address: str = "") -> dict[str, Any]:
         trainer.train()
         in_use = used()
         peak, peak_of_torch = most[0], torch.cuda.max_memory_reserved()
-        shared = not server and (not address or trainer.policy_weights.aliased)
-        largest = largest_batch(trainer, _PROMPT_TOKENS, TOKENS) if shared else None
+        largest = largest_batch(trainer, _PROMPT_TOKENS, TOKENS) if mode == "colocate" else None
     step = percentiles(watch.seconds[2:])
     rollouts = MICRO_BATCH * MICRO_BATCHES
     found: dict[str, Any] = {
@@ -111,7 +110,7 @@ def grpo(path: str, address: str = "") -> dict[str, Any]:
         ],
         "used": in_use,
     }
-    if address:
+    if not theirs:
         updates = list(trainer.policy_weights.history)[2:]
         found["update_ms"] = percentiles([update.seconds * 1e3 for update in updates])
         found["bytes_per_update"] = max(update.nbytes for update in updates)

@@ -20,8 +20,9 @@ from benchmarks.colocate_peers import SIZES, Peer
 from benchmarks.measure import provenance
 from benchmarks.server_mode import ENGINE, START_S, TRAINER_GPU, engine, vllm_serve
 
-#: For both engines: all rollouts of a step at once.
+#: For both engines: all rollouts of a step at once, and what `colocate_steps` asks for.
 SETTINGS = ENGINE | {
+    "max_model_len": 2048,
     "kv_cache_memory_bytes": 8 << 30,
     "max_num_seqs": 256,
     "max_num_batched_tokens": 4096,
@@ -48,8 +49,10 @@ def main() -> None:
             vllm_serve(model, folder / "trl", SETTINGS) as trl,
         ):
             both = {
-                "ours": Peer("grpo", model, ours.address, environment=there),
-                "trl_server": Peer("grpo", model, f"http://127.0.0.1:{trl.port}", environment=there),
+                "ours": Peer("grpo", model, ours.address, "server", environment=there),
+                "trl_server": Peer(
+                    "grpo", model, f"http://127.0.0.1:{trl.port}", "server", environment=there
+                ),
             }
             ours.wait_until("SERVING", START_S)
             trl.wait()
