@@ -275,6 +275,7 @@ class ReplicatedWeights:
     def _move(self, members: Sequence[Member], way: WeightTransport) -> Moved:
         """The policy to all, read once for those of each kind. Returns what moved to one, the most of them."""
         policy = self._policy(self._names)
+        members[0].session.check(policy)
         here = [member for member in members if not member.lost]
         _require(here or members)
         fleet = [member for member in here if over_nccl(member)]

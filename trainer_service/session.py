@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from tandem import rpc
-from tandem.errors import FailedPrecondition, Internal, Reason
+from tandem.errors import FailedPrecondition, Internal, InvalidArgument, Reason, Violation
 from tandem.weights.v1 import weights_pb2 as pb
 from trainer_service.client import InferenceClient
 from trainer_service.lease import Lease
@@ -18,7 +18,7 @@ from trainer_service.line import Line
 from weight_transfer.cuda import nccl
 from weight_transfer.cuda.devices import uuid_of
 from weight_transfer.identity import ProcessIdentity
-from weight_transfer.manifest import Manifest, TensorSpec
+from weight_transfer.manifest import Manifest, TensorSpec, mismatches
 from weight_transfer.placement import Block, Placement
 from weight_transfer.transports import Handshake, SourceTensor, open_transport
 from weight_transfer.transports.outgoing import window_wanted
@@ -179,6 +179,20 @@ class Session:
         except BaseException:
             transport.withdraw()
             raise
+
+    def check(self, policy: Sequence[SourceTensor]) -> None:
+        """See that it still has the tensors that were introduced: no update may leave one as it was, unseen.
+
+        Raises:
+            InvalidArgument: MANIFEST_MISMATCH, naming every tensor that is not among them, or not as it was.
+        """
+        if found := mismatches(self.carried, [source.spec for source in policy]):
+            raise InvalidArgument(
+                Reason.MANIFEST_MISMATCH,
+                f"{len({m.name for m in found})} tensors of the policy are not any more what was introduced to the "
+                f"engine, first {found[0].name}: {found[0].problem}",
+                violations=[Violation(f"tensors[{m.name}]", m.problem) for m in found],
+            )
 
     def _line_for(self, seconds: float) -> Line:
         """The last update's, if it is still there for as long; else another."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -35,6 +37,17 @@ class UpdateStats:
     changed: int | None = None
     ready: float = 0.0
     committed: float = 0.0
+
+
+def at_exit(abandon: Callable[[str], None]) -> None:
+    """Have an object's method called when the process ends, with the reason, if the object is still there then."""
+    method = weakref.WeakMethod(abandon)
+
+    def end() -> None:
+        if (call := method()) is not None:
+            call("the trainer's process ends")
+
+    atexit.register(end)
 
 
 def patiently(call: Callable[[], T]) -> T:

@@ -10,7 +10,6 @@ keep theirs, since other ranks wait for rollouts of it.
 
 from __future__ import annotations
 
-import atexit
 import logging
 import time
 import weakref
@@ -32,7 +31,7 @@ from trainer_service.policy_tensors import policy_tensors
 from trainer_service.session import Session
 from trainer_service.steps import Steps
 from trainer_service.together import Together
-from trainer_service.updates import ATTEMPTS, UpdateStats, broken_off, patiently, retryable, taken
+from trainer_service.updates import ATTEMPTS, UpdateStats, at_exit, broken_off, patiently, retryable, taken
 from weight_transfer.transports import SourceTensor, TransportError
 
 logger = logging.getLogger(__name__)
@@ -92,7 +91,7 @@ class PolicyWeights:
         self._listing = Listing()
         self._steps: Steps | None = None
         self._finalizer: weakref.finalize[[], PolicyWeights] | None = None
-        atexit.register(_at_exit, weakref.ref(self))
+        at_exit(self.abandon)
 
     @property
     def weight_version(self) -> int:
@@ -213,9 +212,10 @@ class PolicyWeights:
     def _policy(self, wanted: Sequence[str]) -> list[SourceTensor]:
         """What updates carry."""
         model = self._model()
-        if self._adapter:
-            return self._led(adapter_tensors(model))
-        return self._led(self._listing.policy(model, wanted))
+        policy = adapter_tensors(model) if self._adapter else self._listing.policy(model, wanted)
+        if self._session is not None:
+            self._session.check(policy)
+        return self._led(policy)
 
     def _stands(self, *, same_parameters: bool = False) -> bool:
         """Whether all that an update carries is known to be in memory that the transport holds, without a new list."""
@@ -382,7 +382,12 @@ class PolicyWeights:
             return
         self._lease = None
         stands = not self._dirty and self._stands(same_parameters=same_parameters)
-        policy = [] if stands else self._policy(session.names)
+        try:
+            policy = [] if stands else self._policy(session.names)
+        except BaseException as error:
+            self._lease = lease
+            self.abandon(str(error))
+            raise
         try:
             self._move(lease, policy, time.perf_counter() - self._spent, wrote=True)
         except TandemError as error:
@@ -392,8 +397,3 @@ class PolicyWeights:
             logger.warning("update lost, making up for it: %s", error)
             self._recover(error, time.monotonic() + self._timeout_s)
             self.sync()
-
-
-def _at_exit(me: weakref.ref[PolicyWeights]) -> None:
-    if (weights := me()) is not None:
-        weights.abandon("the trainer's process ends")

@@ -66,6 +66,23 @@ def test_a_replica_that_refuses_keeps_the_old_version_everywhere(
     assert fleet.states() == [("COMMITTED", 3, digest_of(model))] * COUNT
 
 
+def test_a_tensor_that_is_not_there_any_more_is_named_and_nothing_changes(
+    fleet: Fleet, replicated: Replicated
+) -> None:
+    model = network()
+    weights = replicated(model)
+    weights.sync()
+    before, kept = fleet.states(), model[1]
+    model[1] = nn.Identity()
+    with pytest.raises(InvalidArgument, match=r"1\.weight: missing"):
+        weights.sync()
+    assert fleet.states() == before
+    model[1] = kept
+    change(model)
+    weights.sync()
+    assert fleet.states() == [("COMMITTED", 3, digest_of(model))] * COUNT
+
+
 def test_changes_alone_go_to_all_and_everything_once_one_is_new(fleet: Fleet, replicated: Replicated) -> None:
     model = network()
     weights = replicated(model, sparse=True)

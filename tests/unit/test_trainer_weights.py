@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from tandem.errors import FailedPrecondition, Reason
+from tandem.errors import FailedPrecondition, InvalidArgument, Reason
 from tests.policies import (
     LEASE_S,
+    WAYS,
     Engine,
     Policy,
     Sgd,
@@ -228,3 +229,35 @@ def test_replaced_parameter_memory_is_moved_back(engine: Engine, policy: Policy)
     assert weights.bytes_moved == model[1].weight.nbytes
     assert_same(engine, model)
     assert in_engine(engine, model)
+
+
+@pytest.mark.parametrize(("transport", "dtype"), WAYS)
+@pytest.mark.parametrize("other", [nn.Identity(), nn.Linear(8, 5, bias=False)], ids=["none", "larger"])
+def test_a_tensor_that_is_not_there_any_more_is_named_and_nothing_changes(
+    engine: Engine, policy: Policy, transport: str, dtype: torch.dtype, other: nn.Module
+) -> None:
+    model = network(dtype)
+    weights = policy(model, transport)
+    weights.sync()
+    kept, model[1] = model[1], other
+    with pytest.raises(InvalidArgument, match=r"1\.weight: ") as raised:
+        weights.sync()
+    assert [v.field for v in raised.value.violations] == ["tensors[1.weight]"]
+    assert (engine.version, engine.state, engine.paused) == (2, "COMMITTED", False)
+    model[1] = kept
+    step(model, Sgd(model))
+    weights.sync()
+    assert_same(engine, model)
+
+
+def test_one_that_is_lost_in_an_update_leaves_no_lease(engine: Engine, policy: Policy) -> None:
+    model = network()
+    weights = policy(model)
+    weights.sync()
+    kept = model[1]
+    with pytest.raises(InvalidArgument, match="missing"), weights.update():
+        model[1] = nn.Identity()
+    assert (engine.version, engine.state) == (2, "TORN")
+    model[1] = kept
+    weights.sync()
+    assert_same(engine, model)
