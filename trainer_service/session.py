@@ -20,6 +20,7 @@ from weight_transfer.cuda.devices import uuid_of
 from weight_transfer.identity import ProcessIdentity
 from weight_transfer.manifest import Manifest, TensorSpec, mismatches
 from weight_transfer.placement import Block, Placement
+from weight_transfer.tiles import LAYOUT
 from weight_transfer.transports import Handshake, SourceTensor, open_transport
 from weight_transfer.transports.outgoing import window_wanted
 
@@ -312,7 +313,7 @@ def handshake_of(
             for name, p in zip(names, shared.placements, strict=False)
         ),
         staged=opened.mode == pb.UPDATE_MODE_STAGED,
-        partial=sparse and opened.partial,
+        partial=sparse and opened.partial and (chosen != "nccl" or opened.nccl.changes_layout == LAYOUT),
         window_bytes=opened.nccl.window_bytes,
         ranks=opened.nccl.ranks,
         device=device,

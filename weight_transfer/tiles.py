@@ -20,6 +20,8 @@ from weight_transfer.manifest import ITEMSIZE
 from weight_transfer.placement import Block, Placement, contiguous_strides
 from weight_transfer.windows import Window, windows
 
+LAYOUT = 1
+"""The number of all this, which both sides must have alike: of what is above, and of how `finer` cuts."""
 TILE_BYTES = 1 << 15
 """A block of threads holds as much in its registers, and numbers the units in 14 bits."""
 UNIT = 2

@@ -32,6 +32,7 @@ from weight_transfer.identity import ProcessIdentity
 from weight_transfer.manifest import Manifest, TensorSpec
 from weight_transfer.placement import Placement
 from weight_transfer.sparse import Packed
+from weight_transfer.tiles import LAYOUT
 
 _TRANSPORT = {SHARED: pb.TRANSPORT_SHARED, NCCL: pb.TRANSPORT_NCCL, STREAM: pb.TRANSPORT_STREAM}
 _MODE = {"in_place": pb.UPDATE_MODE_IN_PLACE, "staged": pb.UPDATE_MODE_STAGED}
@@ -87,6 +88,7 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
         elif session.transport == NCCL:
             response.nccl.window_bytes = session.window_bytes
             response.nccl.ranks = sessions.ranks
+            response.nccl.changes_layout = LAYOUT if response.partial else 0
         if session.transport in (SHARED, NCCL):
             where, staged = sessions.placements(session), session.stage is not None
             layout = response.shared if session.transport == SHARED else response.nccl

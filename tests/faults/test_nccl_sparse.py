@@ -27,7 +27,7 @@ from trainer_service.session import Session
 from trainer_service.weights import PolicyWeights
 from weight_transfer.arena import Arena
 from weight_transfer.sparse import bits
-from weight_transfer.tiles import BREAK_EVEN, HEADER
+from weight_transfer.tiles import BREAK_EVEN, HEADER, LAYOUT
 from weight_transfer.transports import nccl_sparse
 
 __all__ = ["client", "memory", "service", "trainer"]  # fixtures
@@ -45,6 +45,18 @@ def test_each_update_is_the_trainers_to_the_bit(client: InferenceClient, trainer
         assert weights.history[-1].changed == count
         assert holds(client, weights)
     assert [update.weight_version for update in weights.history] == list(range(2, 15))
+
+
+def test_a_trainer_that_lays_changes_out_otherwise_sends_all(
+    client: InferenceClient, trainer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer_service.session.LAYOUT", LAYOUT + 1)
+    model, weights = trainer("staged")
+    for seed in range(2):
+        change(model, 0.01, seed)
+        weights.sync()
+        assert weights.history[-1].changed is None
+        assert holds(client, weights)
 
 
 @MODES
