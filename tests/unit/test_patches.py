@@ -97,6 +97,7 @@ template <typename T> T __shfl_down_sync(unsigned, T v, int n) { return exchange
 template <typename T> T __shfl_sync(unsigned, T v, int lane) { return exchanged(v, lane); }
 template <typename T> T atomicAdd(T* at, T value) { const T before = *at; *at += value; return before; }
 inline int __popcll(unsigned long long v) { return __builtin_popcountll(v); }
+inline int __ffsll(long long bits) { return __builtin_ffsll(bits); }
 """
 RUN = r"""
 static const void* arguments[5];
