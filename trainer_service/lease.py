@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from tandem import rpc
-from tandem.errors import DeadlineExceeded, Internal, Reason, TandemError
+from tandem.errors import Aborted, DeadlineExceeded, Internal, Reason, TandemError
 from tandem.weights.v1 import weights_pb2 as pb
 from trainer_service.heart import HEART
 from trainer_service.line import Line
@@ -52,11 +53,10 @@ class Lease:
         self._line = line
         self._answer_timeout_s = answer_timeout_s
         self._timeout_s, self._until = timeout_s, time.monotonic() + timeout_s
-        self._answer_by: tuple[float, float] | None = (
-            None  # and of how many seconds' patience that is the end
-        )
+        # When the answer that is waited for is overdue, and after how many seconds that is.
+        self._answer_by: tuple[float, float] | None = None
         self._overdue = ""
-        self._over = False
+        self._ending, self._begun, self._over = threading.Lock(), False, False
         self._done: pb.UpdateWeightsResponse | None = None
         self.promised = False  # the commit was sent, while bytes were still on their way by themselves
         try:
@@ -64,6 +64,7 @@ class Lease:
             HEART.add(self, heartbeat_s)
             meanwhile(self)
             self._answer("ready", ready_timeout_s)
+            self._begun = True
         except BaseException:
             self._end()
             raise
@@ -119,8 +120,7 @@ class Lease:
         except BaseException:
             self._end()
             raise
-        self._over = True
-        HEART.remove(self)
+        self._let_go()
         return committed.weight_version, committed.stopped.ToNanoseconds() / 1e9
 
     def abort(self, reason: str, *, untouched: bool) -> None:
@@ -157,6 +157,10 @@ class Lease:
             with rpc.translated():
                 response: pb.UpdateWeightsResponse = next(self._line.call)
         except StopIteration:
+            if not self._begun:
+                self._line.stale = True
+                message = "The service ended the stream before the update began."
+                raise Aborted(Reason.LEASE_LOST, message) from None
             raise Internal(Reason.BUG, "The service ended the update without an answer.") from None
         except TandemError as error:
             if self._overdue:
@@ -170,18 +174,23 @@ class Lease:
 
     def beat(self) -> None:
         """Say that this process lives, and give up what is overdue. Waits for nothing."""
-        if self._over:  # its line may be the next update's by now
-            return
-        now = time.monotonic()
-        if (answer := self._answer_by) is not None and now > answer[0]:
-            self._overdue = f"The service did not answer the update within {answer[1]:.0f} s."
-        elif now > self._until:
-            self._overdue = f"The update took more than {self._timeout_s:.0f} s."
-        if self._overdue:
-            self._line.close()
+        with self._ending:
+            if self._over:  # its line may be the next update's by now
+                return
+            now = time.monotonic()
+            if (answer := self._answer_by) is not None and now > answer[0]:
+                self._overdue = f"The service did not answer the update within {answer[1]:g} s."
+            elif now > self._until:
+                self._overdue = f"The update took more than {self._timeout_s:g} s."
+            if self._overdue:
+                self._line.close()
         self._line.put_at_once(_HEARTBEAT)  # full of chunks: they are signs of life as well
 
     def _end(self) -> None:
-        self._over = True
-        HEART.remove(self)
+        self._let_go()
         self._line.close()
+
+    def _let_go(self) -> None:
+        with self._ending:
+            self._over = True
+        HEART.remove(self)

@@ -160,26 +160,30 @@ class Session:
                 transport.ahead()
             meanwhile()
 
-        begin = pb.BeginUpdate(
-            session_id=self.id,
-            base_version=self.weight_version,
-            new_version=number,
-            partial=transport.partial if partial is None else partial,
-            nccl_id=transport.invitation(),
-        )
-        try:
-            return Lease(
-                self._line_for(timeout_s),
-                begin,
-                heartbeat_s=max(self.lease_timeout_s / 4, 0.05),
-                timeout_s=timeout_s,
-                ready_timeout_s=ready_timeout_s,
-                answer_timeout_s=ANSWER_TIMEOUT_S,
-                meanwhile=joined,
+        while True:
+            kept, line = self._line, self._line_for(timeout_s)
+            begin = pb.BeginUpdate(
+                session_id=self.id,
+                base_version=self.weight_version,
+                new_version=number,
+                partial=transport.partial if partial is None else partial,
+                nccl_id=transport.invitation(),
+                keep_stream=True,
             )
-        except BaseException:
-            transport.withdraw()
-            raise
+            try:
+                return Lease(
+                    line,
+                    begin,
+                    heartbeat_s=max(self.lease_timeout_s / 4, 0.05),
+                    timeout_s=timeout_s,
+                    ready_timeout_s=ready_timeout_s,
+                    answer_timeout_s=ANSWER_TIMEOUT_S,
+                    meanwhile=joined,
+                )
+            except BaseException:
+                transport.withdraw()
+                if line is not kept or not line.stale:
+                    raise  # else anew, in a stream of its own: a service may end one that it was to keep
 
     def check(self, policy: Sequence[SourceTensor]) -> None:
         """See that it still has the tensors that were introduced: no update may leave one as it was, unseen.

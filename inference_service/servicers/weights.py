@@ -108,10 +108,13 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
         try:
             message: pb.UpdateWeightsRequest | None = await trainer.next()
             while message is not None:
+                committed = False
                 async with aclosing(self._update(message.begin, trainer)) as answers:
                     async for answer in answers:
                         yield answer
-                message = await trainer.again(self._ending)
+                        committed = answer.HasField("committed")
+                kept = committed and message.begin.keep_stream
+                message = await trainer.again(self._ending) if kept else None
         finally:
             trainer.close()
 

@@ -36,7 +36,9 @@ Handler = Callable[[Any, Any], Any]
 _log = structlog.get_logger("tandem.rpc")
 _EXEMPT = "grpc.health.v1.Health"
 _CANCEL_FOLLOWS_S = 1.0  # it takes some 0.1 ms
-_BROKEN_S = 0.1  # as soon, but for a busy machine; no stream of the contract waits for it when it ends well
+_BROKEN_S = (
+    0.1  # as soon, but for a busy machine; who waits for it is a trainer that ends its stream between updates
+)
 _UNKNOWN = ("unknown", "unknown")  # as labels, names that callers make up would fill the memory
 
 

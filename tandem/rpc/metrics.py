@@ -10,7 +10,8 @@ HANDLING = Histogram(
     "grpc_server_handling_seconds",
     "Time from an RPC's begin to its end.",
     ["grpc_service", "grpc_method"],
-    # Tokens take milliseconds, updates seconds, batches of rollouts minutes.
+    # Tokens take milliseconds, batches of rollouts minutes. A trainer's stream of updates lasts as long as the trainer,
+    # which leaves it by cancelling it: single updates are counted by the policy.
     buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000),
 )
 LOOP_LAG = Gauge("event_loop_lag_seconds", "The longest that the event loop was late in ten seconds.")

@@ -92,8 +92,10 @@ def test_sigterm_ends_a_stream_of_updates_in_which_none_is_open(
             oracle.model_of(checkpoints["llama"]), [spec.name for spec in raw.manifest(service.weights)]
         )
         session = raw.Session(service.weights, policy, raw.STREAM)
-        with session.begin() as update:
-            update.abort(untouched=True)
+        with session.begin(keep_stream=True) as update:
+            for chunk in session.chunks(policy):
+                update.send(chunk=chunk)
+            update.commit(session.digest(policy))
             begin = time.monotonic()
             service.process.send_signal(signal.SIGTERM)
             with pytest.raises(Unavailable) as caught:

@@ -180,48 +180,55 @@ def test_a_stream_that_ends_before_it_began(plane: Plane) -> None:
         assert reason_of(lambda: update.expect("ready"), Aborted) == Reason.LEASE_LOST
 
 
+def commit(session: raw.Session, update: raw.Update, tensors: Tensors) -> int:
+    for chunk in session.chunks(tensors):
+        update.send(chunk=chunk)
+    return update.commit(session.digest(tensors))
+
+
 def test_one_update_after_the_other_in_a_stream_that_holds_nothing_in_between(plane: Plane) -> None:
     session = plane.open(STREAM)
-
-    def begin(update: raw.Update, base: int) -> None:
-        update.send(begin=pb.BeginUpdate(session_id=session.id, base_version=base))
-        update.expect("ready")
-
-    with session.begin() as update:
-        for chunk in session.chunks(plane.tensors):
-            update.send(chunk=chunk)
-        assert update.commit(session.digest(plane.tensors)) == plane.version + 1
+    with session.begin(keep_stream=True) as update:
+        assert commit(session, update, plane.tensors) == plane.version + 1
         update.send(heartbeat=pb.Heartbeat())  # one that was late
         update.silence()
         time.sleep(1.5 * NOTICED_S)
         assert raw.state(plane.stub) == "COMMITTED"
         with session.begin(plane.version + 1) as another:  # the lease is free
             another.abort(untouched=True)
-        begin(update, plane.version + 1)
-        update.abort(untouched=True)
-        begin(update, plane.version + 1)
-        for chunk in session.chunks(plane.tensors):
-            update.send(chunk=chunk)
-        assert update.commit(session.digest(plane.tensors)) == plane.version + 2
-        update.end()
-        assert list(update.call) == [], "that it ends is no error"
+        update.send(begin=pb.BeginUpdate(session_id=session.id, base_version=plane.version + 1))
+        update.expect("ready")
+        assert commit(session, update, plane.tensors) == plane.version + 2
+        assert list(update.call) == [], "this one did not want it kept: the service ends it"
     plane.assert_serves(plane.new, plane.version + 2)
+
+
+@pytest.mark.parametrize("end", ["trainer", "abort"])
+def test_a_stream_that_is_kept_ends_with_the_trainer_or_an_abort(plane: Plane, end: str) -> None:
+    session = plane.open(STREAM)
+    with session.begin(keep_stream=True) as update:
+        if end == "abort":
+            update.abort(untouched=True)
+        else:
+            commit(session, update, plane.tensors)
+            update.end()
+        assert list(update.call) == [], "which is no error"
 
 
 @pytest.mark.parametrize("wrong", ["base", "step"])
 def test_a_later_update_that_is_refused_ends_the_stream(plane: Plane, wrong: str) -> None:
     session = plane.open(STREAM)
-    with session.begin() as update:
-        update.abort(untouched=True)
+    with session.begin(keep_stream=True) as update:
+        version = commit(session, update, plane.tensors)
         if wrong == "base":
-            update.send(begin=pb.BeginUpdate(session_id=session.id, base_version=plane.version - 1))
+            update.send(begin=pb.BeginUpdate(session_id=session.id, base_version=version - 1))
             reason = reason_of(lambda: update.expect("ready"), FailedPrecondition)
             assert reason == Reason.BASE_VERSION_MISMATCH
         else:
             update.send(commit=pb.CommitUpdate(digest=1))
             with pytest.raises(FailedPrecondition, match="starts with begin"):
                 update.expect("ready")
-    plane.assert_unchanged()
+    plane.assert_serves(plane.new, version)
 
 
 def test_a_pause_mode_that_is_none(plane: Plane) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -15,10 +17,12 @@ from torch import nn
 
 from inference_service.arenas import EngineArenas, HostArenas
 from tandem.errors import DeadlineExceeded
+from tandem.weights.v1 import weights_pb2 as pb
 from tests.policies import LEASE_S, WAYS, Engine, Policy, Sgd, assert_same, engine, policy, service, step
 from tests.weight_service import IdleEngine, WeightService, engine_arenas, network
 from trainer_service.client import InferenceClient
 from trainer_service.line import Line
+from trainer_service.replicated import ReplicatedWeights
 from trainer_service.weights import PolicyWeights
 
 __all__ = ["engine", "policy", "service"]  # fixtures
@@ -92,7 +96,7 @@ def test_an_update_has_its_own_deadline_and_ends_its_line_with_it(
     weights.sync()
     lease = weights._session.begin(3, timeout_s=0.2)
     time.sleep(LEASE_S)  # several heartbeats
-    with pytest.raises(DeadlineExceeded, match="The update took more than 0 s"):
+    with pytest.raises(DeadlineExceeded, match=r"The update took more than 0\.2 s"):
         lease.commit(None)
     assert engine.state == "TORN"
     assert not opened[-1].open
@@ -172,3 +176,79 @@ def test_nobody_keeps_the_stream_of_a_trainer_that_was_forgotten(
     gc.collect()
     assert not opened[0].open
     client.close()
+
+
+def test_nobody_keeps_the_streams_of_replicas_whose_trainer_was_forgotten(
+    service: WeightService, engine: Engine, opened: list[Line]
+) -> None:
+    client = InferenceClient(service.address)
+    model = network()
+    weights = ReplicatedWeights([client], lambda: model)
+    weights.sync()
+    call = opened.pop().call
+    assert call.is_active()
+    del weights
+    gc.collect()
+    assert not call.is_active()
+    client.close()
+
+
+@pytest.mark.parametrize(("transport", "dtype"), WAYS)
+def test_a_service_that_keeps_no_stream_is_begun_with_anew(
+    engine: Engine,
+    policy: Policy,
+    transport: str,
+    dtype: torch.dtype,
+    opened: list[Line],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As those of the build before, which know no `keep_stream`. The trainer learns of the end a moment later."""
+    make = pb.BeginUpdate
+
+    def unkept(**fields: Any) -> pb.BeginUpdate:
+        return make(**fields | {"keep_stream": False})
+
+    monkeypatch.setattr("trainer_service.session.pb.BeginUpdate", unkept)
+    model = network(dtype)
+    weights = policy(model, transport)
+    optimizer = Sgd(model)
+    for _ in range(30):
+        step(model, optimizer)
+        weights.sync()
+    assert_same(engine, model)
+    assert engine.version == 31
+    assert len(opened) >= engine.version - 1
+
+
+def test_in_a_process_that_is_forked_from_the_trainers_it_is_closed_and_cannot_be(
+    engine: Engine, policy: Policy, opened: list[Line]
+) -> None:
+    weights = policy(network(), "stream")
+    weights.sync()
+    child = os.fork()
+    if child == 0:
+        opened[0].close()
+        os._exit(int(opened[0].open))
+    assert os.waitpid(child, 0)[1] == 0
+    time.sleep(0.2)
+    assert opened[0].open
+    weights.sync()
+    assert len(opened) == 1
+
+
+def test_no_thread_is_left_of_streams_that_ended(service: WeightService, engine: Engine) -> None:
+    def threads() -> int:
+        gc.collect()
+        return threading.active_count()
+
+    before = threads()
+    for _ in range(4):
+        client = InferenceClient(service.address)
+        weights = PolicyWeights(client, network, transport="stream")
+        weights.sync()
+        client.close()  # the channel first: the stream ends with it
+        del weights
+    until = time.monotonic() + 10
+    while threads() > before + 1:  # the heart's
+        assert time.monotonic() < until, threading.enumerate()
+        time.sleep(0.05)
