@@ -234,7 +234,12 @@ def generate(path: str, loader: str) -> dict[str, Any]:
         seconds = time.perf_counter() - begin
         WORK.check(sum(len(output.outputs[0].token_ids) for output in outputs))
         rates.append(WORK.tokens / seconds)
-    return {"tokens_per_s": percentiles(rates[1:]), "used": used()}
+    # What the engine's process has beside weights and cache: some of it is kept and not in use.
+    torchs = {
+        "torch_reserved_bytes": torch.cuda.memory_reserved(),
+        "torch_allocated_bytes": torch.cuda.memory_allocated(),
+    }
+    return {"tokens_per_s": percentiles(rates[1:]), "used": used()} | torchs
 
 
 def timed(call: Callable[[], Any], rounds: int = ROUNDS) -> dict[str, float]:
