@@ -168,11 +168,12 @@ def test_the_engine_ends_with_a_service_that_was_killed(
         names = " ".join(" ".join(psutil.Process(pid).cmdline()) for pid in children)
         assert "EngineCore" in names
         assert "Worker" in names
-        reading = Reading(service, request(ids([5], 200), sampling=LONG, output_mode=DELTAS))
+        # More than can end before the kill, however late that comes on a busy machine.
+        reading = Reading(service, request(ids([5], 1000), sampling=LONG, output_mode=DELTAS))
         until(lambda: reading.pieces, 20, "rollouts are under way")
         service.process.kill()
         reading.end(seconds=5)
-        assert isinstance(reading.error, Unavailable)
+        assert isinstance(reading.error, Unavailable), f"{reading.num_tokens} tokens came"
         until(lambda: not living(children), 15, "all its processes have ended")
 
 
