@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import queue
 import threading
@@ -36,16 +37,16 @@ class Line:
             stub: the weight service.
             lasts_s: deadline of all updates that it carries, in seconds.
         """
-        self.stale = (
-            False  # the service had ended it, in order, before an update began in it: nothing has happened
-        )
+        #: The service had ended it, in order, before an update began in it: nothing has happened.
+        self.stale = False
         self._until = time.monotonic() + lasts_s
         self._pid = os.getpid()
         self._outbox: _Outbox = queue.SimpleQueue()  # which may be put into anywhere, in a finalizer as well
         # Few slots: `put` waits for the network, so that chunks don't pile up here.
         self._slots = threading.BoundedSemaphore(_SLOTS)
         self.call: Any = stub.UpdateWeights(_messages(self._outbox, self._slots), timeout=lasts_s)
-        self.call.add_callback(_end_of(self._outbox))
+        # Or the thread that reads would wait for what comes next.
+        self.call.add_callback(functools.partial(self._outbox.put, None))
         self._end = weakref.finalize(self, _end, self.call, self._outbox, self._pid)
         self._end.atexit = False
 
@@ -82,7 +83,7 @@ class Line:
         self._end()
 
 
-# None of these may hold the line: gRPC's thread, which reads the messages, would keep it for ever.
+# Neither may hold the line: gRPC's thread, which reads the messages, would keep it for ever.
 def _messages(outbox: _Outbox, slots: threading.BoundedSemaphore) -> Iterator[pb.UpdateWeightsRequest]:
     while (next_one := outbox.get()) is not None:
         slots.release()
@@ -90,10 +91,6 @@ def _messages(outbox: _Outbox, slots: threading.BoundedSemaphore) -> Iterator[pb
         yield message
         if sent is not None:  # gRPC asks for the next once it has sent one
             sent.set()
-
-
-def _end_of(outbox: _Outbox) -> Any:
-    return lambda: outbox.put(None)  # or the thread would wait for what comes next
 
 
 def _end(call: Any, outbox: _Outbox, pid: int) -> None:
