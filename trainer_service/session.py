@@ -35,6 +35,18 @@ ANSWER_TIMEOUT_S = 120.0
 PolicyOf = Callable[[Sequence[str]], list[SourceTensor]]
 
 
+def first_of(transports: Sequence[str | None], opened: Callable[[str | None], Session]) -> Session:
+    """With the first of these transports that can be had. Raises what stands in the way of the last."""
+    *others, last = transports
+    for transport in others:
+        try:
+            return opened(transport)
+        except FailedPrecondition as error:
+            if error.reason != Reason.TRANSPORT_UNAVAILABLE:
+                raise
+    return opened(last)
+
+
 class Session:
     """The policy of one trainer, accepted by one life of the engine."""
 

@@ -72,6 +72,16 @@ def broken_off(error: TransportError) -> Aborted:
     return Aborted(Reason.LEASE_LOST, str(error))
 
 
+def unleased() -> FailedPrecondition:
+    """The error of parameters in the engine's memory that changed while the trainer had no lease."""
+    return FailedPrecondition(
+        Reason.UPDATE_ORDER,
+        "The policy's parameters are the engine's memory, and were written outside an update: by an "
+        "optimizer that has parameters or buffers of its own, or by code that belongs in `update()`. An "
+        "optimizer like that works with the stream transport.",
+    )
+
+
 def taken(ours: int, theirs: int) -> FailedPrecondition:
     """The error where somebody else made a version."""
     return FailedPrecondition(

@@ -28,10 +28,19 @@ from trainer_service.client import WRITABLE, InferenceClient
 from trainer_service.lease import Lease
 from trainer_service.listing import Listing
 from trainer_service.policy_tensors import policy_tensors
-from trainer_service.session import Session
+from trainer_service.session import Session, first_of
 from trainer_service.steps import Steps
 from trainer_service.together import Together
-from trainer_service.updates import ATTEMPTS, UpdateStats, at_exit, broken_off, patiently, retryable, taken
+from trainer_service.updates import (
+    ATTEMPTS,
+    UpdateStats,
+    at_exit,
+    broken_off,
+    patiently,
+    retryable,
+    taken,
+    unleased,
+)
 from weight_transfer.transports import SourceTensor, TransportError
 
 logger = logging.getLogger(__name__)
@@ -137,17 +146,10 @@ class PolicyWeights:
     def _open(self) -> Session:
         if self._adapter:
             return AdapterSession(self._client, self._policy, self._base, name=self._adapter)
-        *others, last = self._transports
-        for transport in others:
-            try:
-                return self._introduced(transport)
-            except FailedPrecondition as error:
-                if error.reason != Reason.TRANSPORT_UNAVAILABLE:
-                    raise
-        return self._introduced(last)
-
-    def _introduced(self, transport: str | None) -> Session:
-        return Session(self._client, self._policy, transport=transport, timeout_s=30.0, **self._how)
+        return first_of(
+            self._transports,
+            lambda name: Session(self._client, self._policy, transport=name, timeout_s=30.0, **self._how),
+        )
 
     def sync(self) -> None:
         """Have the engine hold the policy as it is now. Returns when that is committed.
@@ -258,7 +260,9 @@ class PolicyWeights:
         self._move(lease, policy, started)
         return None
 
-    def _begin(self, **how: Any) -> Lease:  # as `Session.begin` takes it
+    def _begin(
+        self, meanwhile: Callable[[], None] = lambda: None, stands: Callable[[], bool] | None = None
+    ) -> Lease:
         session = self._session
         assert session is not None  # noqa: S101  for the type checker
         last, base = self.weight_version, session.weight_version
@@ -270,7 +274,7 @@ class PolicyWeights:
             session.transport.forget()
         started = time.perf_counter()
         try:
-            lease = patiently(lambda: session.begin(number, **how))
+            lease = patiently(lambda: session.begin(number, meanwhile=meanwhile, stands=stands))
         except TransportError as error:
             raise broken_off(error) from error
         self._ready = time.perf_counter() - started
@@ -281,12 +285,7 @@ class PolicyWeights:
         """The engine holds weights of no version: tell it so, and the caller."""
         lease.abort("the trainer wrote without a lease", untouched=False)
         self._dirty = True
-        raise FailedPrecondition(
-            Reason.UPDATE_ORDER,
-            "The policy's parameters are the engine's memory, and were written outside an update: by an "
-            "optimizer that has parameters or buffers of its own, or by code that belongs in `update()`. An "
-            "optimizer like that works with the stream transport.",
-        )
+        raise unleased()
 
     def _move(self, lease: Lease, policy: list[SourceTensor], started: float, *, wrote: bool = False) -> None:
         session = self._session
