@@ -90,7 +90,7 @@ def grpo(path: str, address: str = "", mode: str = "colocate") -> dict[str, Any]
         )
         trainer.train()
         in_use = used()
-        peak, peak_of_torch = most[0], torch.cuda.max_memory_reserved()
+        peak, torchs = most[0], (torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated())
         largest = largest_batch(trainer, _PROMPT_TOKENS, TOKENS) if mode == "colocate" else None
     step = percentiles(watch.seconds[2:])
     rollouts = MICRO_BATCH * MICRO_BATCHES
@@ -102,7 +102,8 @@ def grpo(path: str, address: str = "", mode: str = "colocate") -> dict[str, Any]
         "rollouts_per_s": rollouts / step["p50"],
         "tokens_per_step": rollouts * TOKENS,
         "peak_bytes": peak,
-        "peak_torch_bytes": peak_of_torch,
+        "peak_torch_bytes": torchs[0],
+        "peak_torch_allocated_bytes": torchs[1],
         "largest_micro_batch": largest,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "lengths": [
