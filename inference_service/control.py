@@ -33,7 +33,7 @@ class Control:
         self._stopped = False
         self._hangs = False
         self._control = asyncio.Lock()  # one control call at a time: vLLM's are not safe against each other
-        self._ending: set[asyncio.Task[None]] = set()
+        self._ending: set[asyncio.Task[Any]] = set()
         self._rest = Rest(launched.llm)
 
     @property
@@ -85,9 +85,9 @@ class Control:
             log.error("the engine hangs", seconds=seconds)
             self._hangs = True
 
-    async def _to_its_end(self, work: Coroutine[Any, Any, None]) -> None:
+    async def _to_its_end(self, work: Coroutine[Any, Any, T]) -> T:
         """Await `work`. It goes on where the caller is cancelled."""
-        await asyncio.shield(self._started(work))
+        return await asyncio.shield(self._started(work))
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Begin `work`, for which perhaps nobody waits: where it fails, the log says so."""
@@ -95,7 +95,7 @@ class Control:
         task.add_done_callback(self._tell_failure)
         return task
 
-    def _started(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def _started(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.ensure_future(work)
         self._ending.add(task)  # the loop itself holds tasks only weakly
         task.add_done_callback(self._ending.discard)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from inference_service.control import WORKERS_S
+from inference_service.control import WORKERS_S, T
 from inference_service.launch import Launched, launch
 from inference_service.loras import Loras, Shapes
 from inference_service.pausing import Pausing, overtaken
@@ -69,10 +69,13 @@ class Engine(Pausing, Tokenizing):
         """Forget cached prefixes. False if running requests hold some: then nothing was forgotten."""
         return bool(await self._controlled(self.llm.reset_prefix_cache()))
 
-    async def sleep(self, told: Callable[[], None] = lambda: None) -> None:
+    async def sleep(self, told: Callable[[], None] = lambda: None) -> int:
         """Free the KV cache, once what runs has ended. The weights stay: they are an arena's, not vLLM's to free.
 
         Who leaves while rollouts end has changed nothing; from there on it is done to its end, and then `told`.
+
+        Returns:
+            Bytes that were freed on the device where it was most; 0 of an engine that slept before.
 
         Raises:
             FailedPrecondition: SLEEP_MODE_OFF. Aborted: as `pause`, and a wake-up came meanwhile.
@@ -81,17 +84,20 @@ class Engine(Pausing, Tokenizing):
             raise FailedPrecondition(
                 Reason.SLEEP_MODE_OFF, "start the engine with enable_sleep_mode to use Sleep"
             )
-        if not self.asleep:
-            # vLLM's own sleep is passed by: its wake-up would let generation go on whoever else holds it.
-            await self.pause(_SLEEP, "wait")
-            await self._to_its_end(self._turn(self._sleep(), told))
+        if self.asleep:
+            return 0
+        # vLLM's own sleep is passed by: its wake-up would let generation go on whoever else holds it.
+        await self.pause(_SLEEP, "wait")
+        return await self._to_its_end(self._turn(self._sleep(), told))
 
-    async def _sleep(self) -> None:
-        if not self.asleep:
-            if _SLEEP not in self._pausers:
-                raise overtaken()
-            self.asleep = True
-            await self._call_workers("sleep", 1)
+    async def _sleep(self) -> int:
+        if self.asleep:
+            return 0
+        if _SLEEP not in self._pausers:
+            raise overtaken()
+        self.asleep = True
+        freed: list[int] = await self._call_workers("tandem_sleep")
+        return max(freed)
 
     async def wake_up(self, told: Callable[[], None] = lambda: None) -> None:
         """Rebuild what `sleep` freed, to the end even if the caller leaves, and then `told`."""
@@ -104,9 +110,9 @@ class Engine(Pausing, Tokenizing):
         if _SLEEP in self._pausers:
             await self._release(_SLEEP)
 
-    async def _turn(self, work: Coroutine[Any, Any, None], told: Callable[[], None]) -> None:
+    async def _turn(self, work: Coroutine[Any, Any, T], told: Callable[[], None]) -> T:
         try:
-            await self._controlled(work, WORKERS_S)
+            return await self._controlled(work, WORKERS_S)
         finally:
             told()
 

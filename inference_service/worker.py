@@ -152,6 +152,12 @@ class TandemWorker:
             self.__dict__["_tandem_held_adapters"] = found
         return found
 
+    def tandem_sleep(self) -> int:
+        """Free the KV cache, and what is kept of work that is over. Answers with the bytes."""
+        before = torch.cuda.mem_get_info()[0]
+        self.sleep(1)  # type: ignore[attr-defined]
+        return max(0, torch.cuda.mem_get_info()[0] - before)  # others may have taken some
+
     def tandem_settle(self) -> None:
         """Wait for every kernel of this process."""
         if self.device.type == "cuda":  # type: ignore[attr-defined]

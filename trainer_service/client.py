@@ -199,14 +199,18 @@ class InferenceClient:
             answer = self._inference.Tokenize(request, timeout=timeout_s or self._timeout_s)
         return [list(prompt.ids) for prompt in answer.prompts]
 
-    def sleep(self, timeout_s: float | None = None) -> None:
+    def sleep(self, timeout_s: float | None = None) -> int:
         """Have the engine free its KV cache, once what runs has ended. The weights stay, and take updates.
+
+        Returns:
+            Bytes that were freed on the device on which it was most; 0 of an engine that slept before.
 
         Raises:
             FailedPrecondition: SLEEP_MODE_OFF, the engine was started without enable_sleep_mode.
         """
         with rpc.translated():
-            self._engine.Sleep(engine_pb2.SleepRequest(), timeout=timeout_s or self._timeout_s)
+            answer = self._engine.Sleep(engine_pb2.SleepRequest(), timeout=timeout_s or self._timeout_s)
+        return int(answer.released_bytes)
 
     def wake_up(self, timeout_s: float | None = None) -> None:
         """Have the engine rebuild what `sleep` freed. Nothing happens where it is awake."""

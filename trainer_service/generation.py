@@ -23,6 +23,7 @@ from trainer_service._trl import VLLMGeneration
 from trainer_service.client import WRITABLE, Group, is_gone
 from trainer_service.ranks import OutOfStepError
 from trainer_service.reaching import Services, Weights, restore
+from trainer_service.room import Room
 from trainer_service.sampling import sampling_params
 from trainer_service.seeds import Call, Numbering
 from trainer_service.shards import Gathering
@@ -75,6 +76,7 @@ class RemoteGeneration(VLLMGeneration):
         self._metrics: dict[str, list[float]] = defaultdict(list)
         self._logged = 0
         super().__init__(*args, **kwargs)
+        self._room = Room(client, self.accelerator, shared=self.mode == "colocate")
 
     def _init_vllm(self) -> None:
         # A trainer that died may have left it torn, which the first sync heals, or asleep.
@@ -104,6 +106,7 @@ class RemoteGeneration(VLLMGeneration):
 
     def sync_weights(self) -> None:
         """Have the engine hold the policy. Every rank returns when it does; all raise where it failed."""
+        self._room.make()  # before any rank generates
         version, failure = 0, ""
         error: BaseException | None = None
         together = self.gathering is not None and self.gathering.needed()
@@ -137,9 +140,9 @@ class RemoteGeneration(VLLMGeneration):
         return version, bytes(broadcast(text, from_process=0).tolist()).decode() if length else ""
 
     def rest(self) -> None:
-        """Have the engine sleep, if it shall between batches. For when no rank generates any more."""
-        if self.enable_sleep_mode and self.accelerator.is_main_process:
-            self.client.sleep()
+        """Have the engine sleep, if it shall. For when no rank generates any more; every rank must call it."""
+        if self.enable_sleep_mode:
+            self._room.free()
 
     def generate(
         self,
@@ -183,6 +186,7 @@ class RemoteGeneration(VLLMGeneration):
         groups = [
             Group(prompts[members[0]], len(members), key[1]) for key, members in zip(keys, rows, strict=True)
         ]
+        self._room.make()
         if self.enable_sleep_mode:
             self.client.wake_up()
         done: dict[int, pb.Rollout] = {}

@@ -7,7 +7,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 from grpc_health.v1 import health_pb2
@@ -22,6 +22,7 @@ from trainer_service.sampling import sampling_params
 from trainer_service.spreading import Replica, Spread, nobody
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _LOOK_S = 0.4  # between two looks at the replicas' health
 _ANSWER_S = 1.4  # within which a replica answers: a dead one is noticed in less than two seconds
@@ -158,9 +159,9 @@ class Replicas:
                 error = raised
         raise error or nobody()
 
-    def sleep(self, timeout_s: float | None = None) -> None:
-        """Have every engine that can be reached sleep."""
-        self._each(lambda client: client.sleep(timeout_s))
+    def sleep(self, timeout_s: float | None = None) -> int:
+        """Have every engine that can be reached sleep. The bytes of the one that freed most on a device."""
+        return max(self._each(lambda client: client.sleep(timeout_s)))
 
     def wake_up(self, timeout_s: float | None = None) -> None:
         """Have every engine that can be reached wake up."""
@@ -206,15 +207,17 @@ class Replicas:
         with self._lock:
             replica.load -= count
 
-    def _each(self, call: Callable[[InferenceClient], None]) -> None:
+    def _each(self, call: Callable[[InferenceClient], T]) -> list[T]:
         errors: list[TandemError] = []
+        answers: list[T] = []
         for client in self.clients:
             try:
-                call(client)
+                answers.append(call(client))
             except (Unavailable, DeadlineExceeded) as error:
                 errors.append(error)
         if len(errors) == len(self.clients):
             raise errors[0]
+        return answers
 
     def _begin_to_watch(self) -> None:
         with self._lock:

@@ -48,8 +48,8 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         return pb.ResumeResponse()
 
     async def Sleep(self, request: pb.SleepRequest, context: Any) -> pb.SleepResponse:
-        await self._host.policy.engine.sleep(self._host.changed)
-        return pb.SleepResponse()
+        released = await self._host.policy.engine.sleep(self._host.changed)
+        return pb.SleepResponse(released_bytes=released)
 
     async def WakeUp(self, request: pb.WakeUpRequest, context: Any) -> pb.WakeUpResponse:
         await self._host.policy.engine.wake_up(self._host.changed)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from tandem.weights.v1 import weights_pb2
 from tests.services import ENVIRONMENT, Service, inference_service
 from trainer_service.client import InferenceClient
 from trainer_service.policy_tensors import policy_tensors
+from trainer_service.room import Room
 from trainer_service.weights import PolicyWeights
 from weight_transfer.digest import combine, digest_tensors
 
@@ -144,8 +146,9 @@ def test_updates_of_a_sleeping_engine_are_there_when_it_wakes(service: Service, 
     model, weights = policy(torch.bfloat16)
     weights.sync()
     free = torch.cuda.mem_get_info()[0]
-    service.engine.Sleep(engine_pb2.SleepRequest(), timeout=60)
+    told = service.engine.Sleep(engine_pb2.SleepRequest(), timeout=60).released_bytes
     freed = torch.cuda.mem_get_info()[0] - free
+    assert told == freed
     assert freed > 2 << 30, "the KV cache is given back"
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     for _ in range(3):  # of which each is a version, as with gradient accumulation in between
@@ -154,6 +157,21 @@ def test_updates_of_a_sleeping_engine_are_there_when_it_wakes(service: Service, 
     assert weights.bytes_moved == 0
     service.engine.WakeUp(engine_pb2.WakeUpRequest(), timeout=60)
     assert digest(service)[1] == digest_of(model, service)
+    assert_agrees(service, model)
+
+
+def test_an_engine_that_wakes_finds_its_memory_again_that_training_had(service: Service, policy: Any) -> None:
+    model, weights = policy(torch.bfloat16)
+    weights.sync()
+    rank = SimpleNamespace(device=torch.device("cuda"), is_main_process=True)
+    with closing(InferenceClient(service.address)) as client:
+        room = Room(client, rank, shared=True)
+        room.free()
+        training = torch.empty(torch.cuda.mem_get_info()[0] - (64 << 20), dtype=torch.uint8, device="cuda")
+        del training  # to torch's allocator, which keeps it
+        assert torch.cuda.mem_get_info()[0] < 128 << 20
+        room.make()
+        client.wake_up()
     assert_agrees(service, model)
 
 

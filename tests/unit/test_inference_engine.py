@@ -30,10 +30,10 @@ class Workers:
         engine.llm.collective_rpc = self.collective_rpc
         engine.llm.vllm_config = SimpleNamespace(model_config=SimpleNamespace(enable_sleep_mode=True))
 
-    async def collective_rpc(self, method: str, **_: Any) -> list[None]:
+    async def collective_rpc(self, method: str, **_: Any) -> list[int]:
         self.called.append(method)
         await self.go_on.wait()
-        return [None]
+        return [3, 5]
 
 
 async def test_sleep_and_wake_up_go_on_when_their_caller_leaves(core: Core, engine: Any) -> None:
@@ -50,7 +50,7 @@ async def test_sleep_and_wake_up_go_on_when_their_caller_leaves(core: Core, engi
         workers.go_on.set()
         await asyncio.wait(engine._ending, timeout=1)
         assert engine.asleep is engine.paused is told[-1] is asleep
-    assert workers.called == ["sleep", "wake_up"]
+    assert workers.called == ["tandem_sleep", "wake_up"]
     assert len(told) == 2
 
 

@@ -259,18 +259,18 @@ async def test_who_else_holds_generation_keeps_it_over_a_sleep(core: Core, engin
     """vLLM's own wake-up lets the scheduler go on, whoever stopped it."""
     called: list[str] = []
 
-    async def collective_rpc(method: str, **_: Any) -> list[None]:
+    async def collective_rpc(method: str, **_: Any) -> list[int]:
         called.append(method)
-        return [None]
+        return [7]
 
     engine.llm.collective_rpc = collective_rpc
     engine.llm.vllm_config = SimpleNamespace(model_config=SimpleNamespace(enable_sleep_mode=True))
-    await engine.sleep()
-    await engine.sleep()
-    assert (called, engine.asleep, core.told) == (["sleep"], True, ["wait", "paused"])
+    assert await engine.sleep() == 7
+    assert await engine.sleep() == 0
+    assert (called, engine.asleep, core.told) == (["tandem_sleep"], True, ["wait", "paused"])
     await engine.pause("update")
     await engine.wake_up()
-    assert (called, engine.asleep) == (["sleep", "wake_up"], False)
+    assert (called, engine.asleep) == (["tandem_sleep", "wake_up"], False)
     assert "resume" not in core.told
     await engine.resume("update")
     assert core.told[-1] == "resume"
