@@ -195,7 +195,6 @@ def syncs(size: str, service: Service, before: int) -> dict[str, Any]:
     with closing(InferenceClient(service.address)) as client:
         with trainer(client, size, torch.bfloat16) as (policy, weights):
             weights.sync()
-            torch.cuda.empty_cache()
             found["transport"], found["aliased"] = weights.transport, weights.aliased
             found["weights_bytes"] = sum(parameter.nbytes for parameter in policy.parameters())
             found["engine_and_trainer_bytes"] = used() - before

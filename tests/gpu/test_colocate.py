@@ -122,6 +122,9 @@ def test_the_second_copy_goes(service: Service, policy: Any) -> None:
     nbytes = sum(p.nbytes for p in model.parameters())
     weights.sync()
     assert held - torch.cuda.memory_allocated() >= 0.99 * nbytes, "but for tables of where they lie"
+    kept = torch.cuda.memory_reserved()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() == kept, "nor does torch keep it"
     weights.detach()
     assert torch.cuda.memory_allocated() >= held
     assert digest(service)[1] == digest_of(model, service)

@@ -111,12 +111,15 @@ class SharedTransport(WeightTransport):
             for source in moving:
                 if source.parameter is None:  # one by one: no more fresh memory is held than a tensor's
                     self._write([source], parts)
+        before = len(self._aliased)
         for source in moving:
             self._alias(source)
         if policy:
             self._settled = self.settled(policy)
             self._homes = (list(self._aliased.values()), [p.data_ptr() for p in self._aliased.values()])
         self._synchronize()
+        if len(self._aliased) > before and self._on_device():
+            torch.cuda.empty_cache()  # the second copy: torch would keep it for tensors of the same sizes
         if len(moving) == len(policy) and not self._aliased:
             self._again = self._to_write(policy, nbytes)
         return Moved(nbytes, digests.combine(parts) if digest or moving else None)
@@ -135,9 +138,12 @@ class SharedTransport(WeightTransport):
         return Moved(last.nbytes, digests.combine(parts))
 
     def _synchronize(self) -> None:
-        for device in {arena.device for arena in self._arenas if arena.device.type == "cuda"}:
+        for device in self._on_device():
             # What was written, by whomever here, must be there before the engine goes on.
             torch.cuda.synchronize(device)
+
+    def _on_device(self) -> set[torch.device]:
+        return {arena.device for arena in self._arenas if arena.device.type == "cuda"}
 
     def _items(self, sources: Sequence[SourceTensor]) -> list[tuple[Placement, torch.Tensor]]:
         return [(self._placements[source.name], source.read().detach()) for source in sources]
