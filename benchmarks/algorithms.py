@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-from benchmarks.measure import percentiles, provenance
+from benchmarks.measure import end_in_order, percentiles, provenance
 from tests.models import tokenizer
 from tests.services import Service, inference_service
 
@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/algorithms.json"))
     options = parser.parse_args()
+    end_in_order()
     same = {
         "steps": options.steps,
         "layers": options.layers,

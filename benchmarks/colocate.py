@@ -26,7 +26,7 @@ import torch
 from benchmarks.colocate_kernels import kernels
 from benchmarks.colocate_peers import ENGINE, Peer, config, on_device, used
 from benchmarks.colocate_sleep import sleeps
-from benchmarks.measure import ROUNDS, WARM_UPS, percentiles, provenance
+from benchmarks.measure import ROUNDS, WARM_UPS, end_in_order, percentiles, provenance
 from tandem.inference.v1 import inference_pb2
 from tests.models import tokenizer
 from tests.services import Service, inference_service
@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="without torch.compile and CUDA graphs")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/colocate.json"))
     options = parser.parse_args()
+    end_in_order()
     found: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
     found |= {
         "provenance": provenance(),

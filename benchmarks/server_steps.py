@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.colocate import keep, make, shared_memory
 from benchmarks.colocate_peers import SIZES, Peer
-from benchmarks.measure import provenance
+from benchmarks.measure import end_in_order, provenance
 from benchmarks.server_mode import ENGINE, START_S, TRAINER_GPU, engine, vllm_serve
 
 #: For both engines: all rollouts of a step at once, and what `colocate_steps` asks for.
@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="without torch.compile and CUDA graphs")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/server.json"))
     options = parser.parse_args()
+    end_in_order()
     found: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
     found |= {"provenance": provenance(), "gpus": [torch.cuda.get_device_name(i) for i in range(2)]}
     steps: dict[str, Any] = found.setdefault(options.size, {}).setdefault("grpo", {})
