@@ -144,6 +144,50 @@ def test_a_parameter_that_was_given_other_memory_is_moved_back() -> None:
     assert transport.settled(policy)
 
 
+def pair() -> tuple[SharedTransport, list[Placement], Arena, list[nn.Parameter]]:
+    """Two parameters of one shape, which are the engine's memory."""
+    specs = [TensorSpec(name, "bfloat16", (4, 6)) for name in ("a", "b")]
+    made = [Placement(s, (Block(0, 256 * i, (6, 1), 0, (6, 1), (4, 6)),)) for i, s in enumerate(specs)]
+    arena = Arena.create("test", 512)
+    transport = SharedTransport(Manifest(tuple(specs)), made, [arena])
+    both = [nn.Parameter(torch.full((4, 6), value, dtype=torch.bfloat16)) for value in (1.0, 2.0)]
+    transport.move(list(map(source_of, "ab", both)), no_chunk)
+    return transport, made, arena, both
+
+
+@pytest.mark.parametrize("how", ["names", "memory"])
+def test_parameters_that_change_places_keep_their_values(how: str) -> None:
+    """On a device nothing would refuse to write what is still to be read."""
+    transport, made, arena, (a, b) = pair()
+    if how == "names":  # as where two modules were exchanged
+        policy = [source_of("a", b), source_of("b", a)]
+    else:
+        a.data, b.data = b.data, a.data
+        policy = [source_of("a", a), source_of("b", b)]
+    moved = transport.move(policy, no_chunk)
+    assert [source.read()[0, 0].item() for source in policy] == [2, 1]
+    assert [value[0, 0].item() for value in engine_side(made, arena).values()] == [2, 1]
+    assert moved.digest == combine(digest_tensors([source.read() for source in policy]))
+    assert transport.settled(policy)
+
+
+def test_a_parameter_that_was_replaced_is_the_engines_no_more() -> None:
+    """Whoever has it still, as an optimizer, does not write its successor; and nobody keeps it, nor its gradient."""
+    transport, _, _, (old, other) = pair()
+    new = nn.Parameter(torch.full((4, 6), 9.0, dtype=torch.bfloat16))
+    transport.move([source_of("a", new), source_of("b", other)], no_chunk)
+    assert set(transport.aliased) == {id(new), id(other)}
+    assert old.eq(1).all(), "it has its value"
+    old.data.fill_(5)
+    assert new.eq(9).all()
+    transport.mark()
+    assert not transport.disturbed()
+    gone = weakref.ref(old)
+    del old
+    gc.collect()
+    assert gone() is None
+
+
 def test_after_close_the_parameters_have_their_own_memory_and_values() -> None:
     transport, made, arena = shared()
     policy, parameters = sources()

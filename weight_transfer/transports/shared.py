@@ -100,6 +100,8 @@ class SharedTransport(WeightTransport):
         if self._again is not None and self._again.of(policy):
             return self._move_again(policy, self._again)
         moving = [source for source in policy if not self._in_place(source)]
+        if moving:
+            self._let_go_of_others({id(source.parameter) for source in policy})
         nbytes = sum(self._placements[source.name].spec.nbytes for source in moving)
         parts = [0] * len(self._manifest)
         if digest or moving:
@@ -111,14 +113,12 @@ class SharedTransport(WeightTransport):
             for source in moving:
                 if source.parameter is None:  # one by one: no more fresh memory is held than a tensor's
                     self._write([source], parts)
-        before = len(self._aliased)
-        for source in moving:
-            self._alias(source)
+        bound = [self._alias(source) for source in moving]
         if policy:
             self._settled = self.settled(policy)
             self._homes = (list(self._aliased.values()), [p.data_ptr() for p in self._aliased.values()])
         self._synchronize()
-        if len(self._aliased) > before and self._on_device():
+        if any(bound) and self._on_device():
             torch.cuda.empty_cache()  # the second copy: torch would keep it for tensors of the same sizes
         if len(moving) == len(policy) and not self._aliased:
             self._again = self._to_write(policy, nbytes)
@@ -151,6 +151,9 @@ class SharedTransport(WeightTransport):
     def _write(self, sources: Sequence[SourceTensor], parts: list[int]) -> None:
         if sources:
             items = self._items(sources)
+            if len(items) > 1:
+                # One that lies in another's place, as where two changed theirs, is read before that is written.
+                items = [(p, value.clone() if self._is_ours(value) else value) for p, value in items]
             self.touched = True
             self._note(sources, write(items, self._arenas), parts)
 
@@ -159,11 +162,7 @@ class SharedTransport(WeightTransport):
             parts[self._manifest.positions[source.name]] = digest
 
     def close(self) -> None:
-        with torch.no_grad():
-            for parameter in self._aliased.values():
-                if self._is_ours(parameter):
-                    parameter.data = parameter.data.clone()
-        self._aliased.clear()
+        self._let_go_of_others(set())
         self._homes = ([], [])
         self._settled = False
         self._again = None
@@ -172,6 +171,14 @@ class SharedTransport(WeightTransport):
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+    def _let_go_of_others(self, kept: set[int]) -> None:
+        """Give parameters that are not among these, by `id`, memory of their own, with the same values."""
+        for key in self._aliased.keys() - kept:
+            parameter = self._aliased.pop(key)
+            self._unwatched = True
+            if self._is_ours(parameter):
+                parameter.data = parameter.data.clone()
 
     def _in_place(self, source: SourceTensor) -> bool:
         """Whether the source is the engine's memory already. A parameter may have been given other memory
@@ -186,14 +193,17 @@ class SharedTransport(WeightTransport):
         same_dtype = source.spec.dtype == self._placements[source.name].spec.dtype
         return same_dtype and source.name in self._addresses
 
-    def _alias(self, source: SourceTensor) -> None:
-        if source.parameter is not None and self._may_alias(source):
-            source.parameter.data = self._placements[source.name].view(self._arenas)
-            self._aliased[id(source.parameter)] = source.parameter
-            self._unwatched = True
+    def _alias(self, source: SourceTensor) -> bool:
+        """Have it be the engine's memory if it can. Whether it is."""
+        if source.parameter is None or not self._may_alias(source):
+            return False
+        source.parameter.data = self._placements[source.name].view(self._arenas)
+        self._aliased[id(source.parameter)] = source.parameter
+        self._unwatched = True
+        return True
 
-    def _is_ours(self, parameter: torch.nn.Parameter) -> bool:
-        address = parameter.data_ptr()
+    def _is_ours(self, tensor: torch.Tensor) -> bool:
+        address = tensor.data_ptr()
         return any(arena.address <= address < arena.address + arena.size for arena in self._arenas)
 
 
