@@ -98,7 +98,7 @@ class PolicyWeights:
         self._stood = False  # when it was last looked at
         self._spent = self._ready = 0.0
         self._listing = Listing()
-        self._steps: Steps | None = None
+        self._steps = Steps(self)
         self._finalizer: weakref.finalize[[], PolicyWeights] | None = None
         at_exit(self.abandon)
 
@@ -141,7 +141,7 @@ class PolicyWeights:
         # Parameters must not stay engine memory once nobody is left to take the lease for them.
         self._finalizer = weakref.finalize(self, self._session.close)
         self._finalizer.atexit = False
-        self._steps = self._steps or Steps(self)
+        self._steps.watch()
 
     def _open(self) -> Session:
         if self._adapter:
@@ -162,6 +162,7 @@ class PolicyWeights:
             Unavailable: the engine did not come back in time.
             TandemError: the service refused the update, and trying again would not help.
         """
+        self._steps.drop_failed()
         if self._lease is not None:
             raise FailedPrecondition(Reason.UPDATE_ORDER, "sync within an update: its lease is still held")
         self._insist(self._sync)
@@ -170,7 +171,7 @@ class PolicyWeights:
     def update(self) -> Iterator[None]:
         """Hold the lease while the body writes parameters in place.
 
-        When the body raises, the engine serves nothing until the next `sync`.
+        When the body raises, or an optimizer's step does in it, the engine serves nothing until the next `sync`.
         """
         self.enter()
         try:
@@ -178,22 +179,20 @@ class PolicyWeights:
         except BaseException as error:
             self.abandon(f"the trainer raised {type(error).__name__}")
             raise
+        self._steps.drop_failed()
         self.leave()
 
     def abandon(self, reason: str) -> None:
         """Give up an update that is open, because the code that was writing has failed."""
         lease, self._lease, self._depth, self._dirty = self._lease, None, 0, True
-        if self._steps is not None:
-            self._steps.forget()
+        self._steps.forget()
         if lease is not None:
             lease.abort(reason, untouched=False)
 
     def detach(self) -> None:
         """End the session. The parameters get memory of their own, with the same values."""
         self._end_session("the trainer detached")
-        if self._steps is not None:
-            self._steps.remove()
-        self._steps = None
+        self._steps.remove()
 
     def _end_session(self, reason: str) -> None:
         self.abandon(reason)
@@ -349,6 +348,7 @@ class PolicyWeights:
 
     def enter(self) -> None:
         """Take the lease, unless it is held. Each `enter` needs its `leave`."""
+        self._steps.drop_failed()
         if self._depth == 0 and self.aliased:
             started = time.perf_counter()
             self._insist(self._take)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -158,6 +160,45 @@ def test_a_step_that_raised_within_an_update_leaves_no_depth_behind(engine: Engi
     version = engine.version
     step(model, optimizer)
     assert engine.version > version, "the lease is taken as ever"
+    assert_same(engine, model)
+
+
+@pytest.mark.parametrize("then", ["the update ends", "sync", "another update"])
+def test_who_goes_on_after_a_step_that_raised_holds_no_lease(
+    engine: Engine, policy: Policy, then: str
+) -> None:
+    model = network()
+    weights = policy(model)
+    weights.sync()
+
+    def fail() -> None:
+        raise ArithmeticError("overflow")
+
+    with weights.update() if then == "the update ends" else nullcontext():
+        with pytest.raises(ArithmeticError):
+            step(model, Sgd(model, fail))
+    if then == "the update ends":
+        assert engine.state == "TORN"
+    if then == "another update":
+        with weights.update(), torch.no_grad():
+            next(model.parameters()).fill_(3)
+    else:
+        weights.sync()
+    assert_same(engine, model)
+
+
+def test_another_thread_takes_no_step_for_one_that_raised(engine: Engine, policy: Policy) -> None:
+    model = network()
+    weights = policy(model)
+    weights.sync()
+
+    def elsewhere() -> None:
+        with ThreadPoolExecutor(1) as thread:
+            with pytest.raises(FailedPrecondition, match="sync within an update"):
+                thread.submit(weights.sync).result()
+
+    step(model, Sgd(model, elsewhere))
+    assert (weights.weight_version, weights.bytes_moved) == (3, 0)
     assert_same(engine, model)
 
 
