@@ -22,9 +22,11 @@ from inference_service.arenas import EngineArenas, HostArenas
 from inference_service.host import Host
 from inference_service.launch import ModelInfo
 from inference_service.policy import Policy
+from inference_service.servicers.engine import EngineServicer
 from inference_service.servicers.inference import InferenceServicer
 from inference_service.servicers.weights import WeightServicer
 from inference_service.sessions import Sessions
+from tandem.engine.v1 import engine_pb2_grpc
 from tandem.inference.v1 import inference_pb2_grpc
 from tandem.rpc import Serving, ServingConfig
 from tandem.weights.v1 import weights_pb2_grpc
@@ -67,6 +69,17 @@ class IdleEngine:
 
     async def release(self, who: str) -> None:
         self.holders.discard(who)
+
+    async def sleep(self, told: Callable[[], None]) -> int:
+        self.asleep = True
+        self.holders.add("sleep")
+        told()
+        return 1
+
+    async def wake_up(self, told: Callable[[], None]) -> None:
+        self.asleep = False
+        self.holders.discard("sleep")
+        told()
 
     def held_by(self, who: str) -> bool:
         return who in self.holders
@@ -117,6 +130,11 @@ async def serve(
         WeightServicer(host, lease_timeout_s, max_chunk_bytes, serving.ending),
         "tandem.weights.v1.WeightService",
         long_lived=["WatchWeightVersion"],
+    )
+    serving.add(
+        engine_pb2_grpc.add_EngineServiceServicer_to_server,
+        EngineServicer(host, lambda: serving.max_lag_s),
+        "tandem.engine.v1.EngineService",
     )
     serving.add(
         inference_pb2_grpc.add_InferenceServiceServicer_to_server,

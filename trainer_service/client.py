@@ -24,6 +24,8 @@ from trainer_service.sampling import sampling_params
 READY = (ServingState.SERVING_STATE_SERVING, ServingState.SERVING_STATE_PAUSED)
 #: States in which the engine takes an update: a sleeping one too, and a torn one is healed by it.
 WRITABLE = (*READY, ServingState.SERVING_STATE_ASLEEP, ServingState.SERVING_STATE_TORN)
+#: In which it may sleep. A torn one does where its trainer died in a step that it made while the engine slept.
+PERHAPS_ASLEEP = (ServingState.SERVING_STATE_ASLEEP, ServingState.SERVING_STATE_TORN)
 
 
 class Group(NamedTuple):

@@ -16,11 +16,10 @@ import torch
 from accelerate.utils import broadcast  # type: ignore[import-untyped]
 from transformers import ProcessorMixin
 
-from tandem.engine.v1.engine_pb2 import ServingState
 from tandem.errors import FailedPrecondition, Reason, TandemError, Unavailable, invalid
 from tandem.inference.v1 import inference_pb2 as pb
 from trainer_service._trl import VLLMGeneration
-from trainer_service.client import WRITABLE, Group, is_gone
+from trainer_service.client import PERHAPS_ASLEEP, WRITABLE, Group, is_gone
 from trainer_service.ranks import OutOfStepError
 from trainer_service.reaching import Services, Weights, restore
 from trainer_service.room import Room
@@ -79,9 +78,9 @@ class RemoteGeneration(VLLMGeneration):
         self._room = Room(client, self.accelerator, shared=self.mode == "colocate")
 
     def _init_vllm(self) -> None:
-        # A trainer that died may have left it torn, which the first sync heals, or asleep.
+        # A trainer that died may have left it torn, which the first sync heals, or asleep, or both.
         info = self.client.wait_until_serving(self.server_timeout, accept=WRITABLE)
-        if info.state == ServingState.SERVING_STATE_ASLEEP:
+        if info.state in PERHAPS_ASLEEP:
             self.client.wake_up()
         wanted = self.max_model_length
         if wanted is not None and wanted > info.max_model_len:

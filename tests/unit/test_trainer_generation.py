@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from tandem.engine.v1.engine_pb2 import ServingState
 from tandem.errors import (
     FailedPrecondition,
     InvalidArgument,
@@ -41,12 +42,19 @@ class Service:
         self.needed: list[dict[str, float]] = []
         self.errors: list[Exception] = []
         self.waited = 0
+        self.state = ServingState.SERVING_STATE_SERVING
+        self.woken = 0
         self.versions = [3]  # of the engine, one after the other; the last one stays
 
     def wait_until_serving(self, timeout_s: float, **_: object) -> pb.GetModelResponse:
         self.waited += 1
         version = self.versions.pop(0) if len(self.versions) > 1 else self.versions[0]
-        return pb.GetModelResponse(max_model_len=64, logprobs_mode="raw_logprobs", weight_version=version)
+        return pb.GetModelResponse(
+            max_model_len=64, logprobs_mode="raw_logprobs", weight_version=version, state=self.state
+        )
+
+    def wake_up(self) -> None:
+        self.woken += 1
 
     def generate(
         self, groups: list[Group], sampling: pb.SamplingParams, logprobs: bool, lora: str, **needed: float
@@ -89,6 +97,15 @@ def test_the_two_places_where_trl_looks_inside() -> None:
     assert generation(Service(), max_model_length=32).llm.llm_engine.model_config.max_model_len == 32
     with pytest.raises(InvalidArgument, match="vllm_max_model_length"):
         generation(Service(), max_model_length=65)
+
+
+@pytest.mark.parametrize(("state", "woken"), [("SERVING", 0), ("ASLEEP", 1), ("TORN", 1)])
+def test_an_engine_that_a_dead_trainer_left_asleep_is_woken(state: str, woken: int) -> None:
+    """Also where it died in its optimizer's step: in sleep mode the engine sleeps then, and is torn beside."""
+    service = Service()
+    service.state = ServingState.Value(f"SERVING_STATE_{state}")
+    generation(service)
+    assert service.woken == woken
 
 
 def test_no_logprobs_where_none_are_wanted() -> None:

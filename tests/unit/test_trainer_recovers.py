@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
+from tandem.engine.v1.engine_pb2 import ServingState
 from tandem.errors import Aborted, FailedPrecondition, InvalidArgument, Reason, Unavailable
 from tandem.weights.v1 import weights_pb2 as pb
 from tests.policies import (
@@ -28,6 +30,7 @@ from tests.policies import (
 )
 from tests.weight_service import WeightService, network
 from trainer_service import updates as updates_module
+from trainer_service.generation import RemoteGeneration
 from trainer_service.lease import Lease
 from trainer_service.session import Session
 from trainer_service.weights import PolicyWeights
@@ -92,6 +95,25 @@ def test_versions_go_on_and_the_same_weights_keep_theirs_in_a_new_life_of_the_en
     weights.sync()
     assert weights.weight_version == engine.version == 6
     assert_same(engine, model)
+
+
+def test_an_engine_that_was_torn_while_it_slept_serves_the_next_trainer(
+    engine: Engine, policy: Policy
+) -> None:
+    """As by a trainer with sleep mode that dies in its optimizer's step. The next one is without."""
+    first, second = network(), network()
+    dying = policy(first)
+    dying.sync()
+    engine.sleep()
+    with pytest.raises(KeyError), dying.update():
+        raise KeyError
+    dying.detach()
+    assert engine.get_model().state == ServingState.SERVING_STATE_TORN
+    weights = policy(second)
+    generation = RemoteGeneration(None, Accelerator(cpu=True), None, client=engine, weights=weights)
+    generation.sync_weights()
+    assert engine.get_model().state == ServingState.SERVING_STATE_SERVING
+    assert_same(engine, second)
 
 
 @pytest.mark.parametrize("transport", ["shared", "stream"])

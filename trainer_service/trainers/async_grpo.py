@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader
 
-from tandem.engine.v1.engine_pb2 import ServingState
 from tandem.errors import invalid
 from trainer_service import _trl_async
 from trainer_service._trl_async import (
@@ -22,7 +21,7 @@ from trainer_service._trl_async import (
     TrlAsyncGRPOTrainer,
 )
 from trainer_service.adapter_tensors import adapter_tensors
-from trainer_service.client import WRITABLE
+from trainer_service.client import PERHAPS_ASLEEP, WRITABLE
 from trainer_service.reaching import INFERENCE, Addresses, Services, reached, restore, weights_of
 from trainer_service.replicas import Replicas
 from trainer_service.rewards import prepared
@@ -132,7 +131,7 @@ class AsyncGRPOTrainer(OptimizerMixin, TrlAsyncGRPOTrainer):
         self._client = client = reach()
         try:
             info = client.wait_until_serving(args.vllm_server_timeout, accept=WRITABLE)
-            if info.state == ServingState.SERVING_STATE_ASLEEP:
+            if info.state in PERHAPS_ASLEEP:
                 client.wake_up()
             if info.logprobs_mode != "processed_logprobs":
                 logger.warning(
