@@ -185,9 +185,8 @@ class RemoteGeneration(VLLMGeneration):
         groups = [
             Group(prompts[members[0]], len(members), key[1]) for key, members in zip(keys, rows, strict=True)
         ]
-        self._room.make()
         if self.enable_sleep_mode:
-            self.client.wake_up()
+            self._room.wake()
         done: dict[int, pb.Rollout] = {}
         sampling = self._sampling(values, self.numbering.next())
         for members, group in zip(rows, self._generate(groups, sampling), strict=True):

@@ -24,11 +24,11 @@ class Room:
         self._client = client
         self._accelerator = accelerator
         self._shared = shared and accelerator.device.type == "cuda"
-        self._freed = 0
+        self._freed, self._asleep = 0, False
 
     def free(self) -> None:
         """Have the engine sleep. Every rank must call it, and none may generate any more."""
-        freed = 0
+        freed, self._asleep = 0, True
         try:
             if self._accelerator.is_main_process:
                 freed = self._client.sleep()
@@ -43,5 +43,11 @@ class Room:
         To free it each time would have each step allocate anew.
         """
         wanted = self._freed + self._freed // 4  # beside the cache it takes some to work with
-        if wanted and torch.cuda.mem_get_info(self._accelerator.device)[0] < wanted:
+        if self._asleep and wanted and torch.cuda.mem_get_info(self._accelerator.device)[0] < wanted:
             torch.cuda.empty_cache()
+
+    def wake(self) -> None:
+        """Have the engine wake, in what room there is. One that is awake has its memory, and needs none."""
+        self.make()
+        self._client.wake_up()
+        self._asleep = False

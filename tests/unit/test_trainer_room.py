@@ -28,6 +28,9 @@ class Played:
             raise Unavailable(Reason.UNREACHABLE, "gone")
         return self.frees
 
+    def wake_up(self) -> None:
+        self.asked.append("wake_up")
+
 
 @pytest.fixture
 def played(monkeypatch: pytest.MonkeyPatch) -> Played:
@@ -56,6 +59,18 @@ def test_torch_frees_what_it_keeps_where_the_engine_would_not_find_its_own_again
         played.asked.clear()
         shared.make()
         assert played.asked == asked
+
+
+def test_an_engine_that_is_awake_has_its_memory(played: Played) -> None:
+    """As in a loop of tools, which asks for rollouts turn by turn."""
+    shared = of(played)
+    for _ in range(2):
+        shared.free()
+        shared.make()
+        shared.wake()
+        shared.wake()
+        assert played.asked == ["sleep", "empty_cache", "empty_cache", "wake_up", "wake_up"]
+        played.asked.clear()
 
 
 def test_other_ranks_are_told_and_ask_for_nothing(played: Played, monkeypatch: pytest.MonkeyPatch) -> None:
