@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import os
 import socket
 import struct
@@ -77,6 +78,9 @@ def _connect(connection: socket.socket, path: str, timeout: float) -> None:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{path} is busy") from None
             time.sleep(0.01)
+        except FileNotFoundError:
+            hint = "no such socket here; containers must share the service's folder for temporary files"
+            raise FileNotFoundError(errno.ENOENT, hint, path) from None
 
 
 def receive_descriptors(connection: socket.socket) -> tuple[bytes, list[int], int]:

@@ -84,7 +84,7 @@ def test_a_service_that_says_nothing_is_given_up() -> None:
 
 def test_nobody_there(tmp_path: Path) -> None:
     before = open_descriptors()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=f"containers must share .*folder.*: '{tmp_path}/s'"):
         descriptors.receive(str(tmp_path / "s"), b"x" * 32, 2, 5.0)
     with pytest.raises(OSError, match="too long"):
         descriptors.receive("/" + "x" * 200, b"x" * 32, 2, 5.0)
