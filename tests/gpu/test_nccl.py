@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from tandem.errors import Reason, TandemError
 from tandem.inference.v1 import inference_pb2 as pb
 from tandem.weights.v1 import weights_pb2
-from tests.gpu.test_colocate import assert_agrees, digest, digest_of
+from tests.gpu.test_colocate import RATE, assert_agrees, digest, digest_of
 from tests.services import ENVIRONMENT, Service, inference_service
 from trainer_service.client import InferenceClient
 from trainer_service.weights import PolicyWeights
@@ -77,7 +77,7 @@ def test_each_update_is_the_trainers_to_the_bit(
     service: Service, policy: Any, dtype: torch.dtype, mode: str
 ) -> None:
     model, weights = policy(dtype, mode)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     before = digest(service)[1]
     for _ in range(5):
         step(model, optimizer)

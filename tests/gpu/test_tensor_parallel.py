@@ -130,7 +130,7 @@ WRITES = """
             layers = model.model.layers
             own = [p for n, p in model.named_parameters() if n.split(".")[-2] in
                    ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")]
-            assert own and len(gathered) <= len(list(model.parameters())) - len(own), gathered
+            assert own and 0 < len(gathered) <= len(list(model.parameters())) - len(own), gathered
         print("SYNC", how, dtype, round(took * 1e3, 1), flush=True)
     part = rank.together._shared.part
     (arena,) = part._arenas
