@@ -5,7 +5,7 @@ from __future__ import annotations
 from tandem.errors import NotFound
 from tandem.weights.v1 import weights_pb2 as pb
 from trainer_service.client import InferenceClient
-from trainer_service.session import ANSWER_TIMEOUT_S, PolicyOf, Session, manifest_of, specs_of
+from trainer_service.session import ANSWER_TIMEOUT_S, Calling, PolicyOf, Session, manifest_of, specs_of
 from weight_transfer.manifest import Manifest
 from weight_transfer.transports import SourceTensor
 from weight_transfer.transports.base import digest_of
@@ -15,7 +15,13 @@ class AdapterSession(Session):
     """The adapter of one trainer, accepted by an engine that has the weights under it."""
 
     def __init__(
-        self, client: InferenceClient, adapter_of: PolicyOf, base_of: PolicyOf, *, name: str
+        self,
+        client: InferenceClient,
+        adapter_of: PolicyOf,
+        base_of: PolicyOf,
+        *,
+        name: str,
+        calling: Calling | None = None,
     ) -> None:
         """Introduce the adapter, and the weights that it is for, of which every byte is read.
 
@@ -24,6 +30,7 @@ class AdapterSession(Session):
             adapter_of: gives the adapter's tensors.
             base_of: gives the tensors under it, for the names that the engine's manifest has.
             name: what rollouts shall call it.
+            calling: as Session's.
 
         Raises:
             InvalidArgument: the engine has no place for the adapter, or other weights; each tensor at fault is named.
@@ -32,7 +39,7 @@ class AdapterSession(Session):
         """
         self._adapter = name
         self._base_of = base_of
-        super().__init__(client, adapter_of, transport="stream", timeout_s=ANSWER_TIMEOUT_S)
+        super().__init__(client, adapter_of, transport="stream", timeout_s=ANSWER_TIMEOUT_S, calling=calling)
         del self._base_of  # it is its owner's, who ends this session when nobody needs it any more
 
     def _request(self, manifest: Manifest, policy: list[SourceTensor]) -> pb.OpenSessionRequest:

@@ -9,6 +9,8 @@ from typing import Any
 
 import grpc
 
+from tandem import rpc
+from tandem.errors import Reason, Unavailable
 from tandem.weights.v1 import weights_pb2 as pb
 from trainer_service.client import InferenceClient
 
@@ -31,6 +33,26 @@ def answered(question: Any) -> bool:
 def gone(question: Any) -> bool:
     """Whether it did not answer in time, or nobody is there."""
     return bool(question.done()) and not question.cancelled() and question.code() in _GONE
+
+
+def watched(client: InferenceClient, method: Any, request: Any, timeout_s: float) -> Any:
+    """A service's answer to a call, given up once the service is gone.
+
+    Raises:
+        Unavailable: UNREACHABLE, it stands still. TandemError: what it says.
+    """
+    gone_because: list[str] = []
+    call = method.future(request, timeout=timeout_s)
+
+    def give_up(_: InferenceClient, reason: str) -> None:
+        gone_because.append(reason)
+        call.cancel()
+
+    with Pulse([client], give_up), rpc.translated():
+        try:
+            return call.result()
+        except grpc.FutureCancelledError:
+            raise Unavailable(Reason.UNREACHABLE, ", ".join(gone_because)) from None
 
 
 class Pulse:

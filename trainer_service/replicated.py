@@ -7,6 +7,7 @@ when it comes back it is given everything before it is used again. docs/weight-p
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -17,14 +18,14 @@ from typing import Any
 
 from torch import nn
 
-from tandem.errors import FailedPrecondition, NotFound, Reason, TandemError, Unavailable, invalid
+from tandem.errors import Aborted, FailedPrecondition, NotFound, Reason, TandemError, Unavailable, invalid
 from trainer_service.adapter_session import AdapterSession
 from trainer_service.adapter_tensors import adapter_tensors
 from trainer_service.client import InferenceClient
 from trainer_service.fleet import Fleet, over_nccl
 from trainer_service.member import Member, went_away
 from trainer_service.policy_tensors import policy_tensors
-from trainer_service.pulse import Pulse
+from trainer_service.pulse import Pulse, watched
 from trainer_service.roster import Roster
 from trainer_service.session import Session
 from trainer_service.updates import ATTEMPTS, UpdateStats, patiently, retryable
@@ -178,10 +179,11 @@ class ReplicatedWeights:
             if not roster.joined(member):
                 continue
             base = member.session.weight_version
-            if base == last and member.session.holds(base, self._held):
-                member.holds = base
+            if base == last:
+                self._compare(member)
             elif base < last:
                 self._bring_current(member)
+        roster.forget_the_lost()
         if last:
             roster.note(last)
 
@@ -322,6 +324,16 @@ class ReplicatedWeights:
             self._cut = cut
         return self._way
 
+    def _compare(self, member: Member) -> None:
+        """See whether it holds what was committed last."""
+        try:
+            if member.session.holds(self.weight_version, self._held):
+                member.holds = self.weight_version
+        except TandemError as error:
+            if not (went_away(error) or isinstance(error, Aborted)):  # the weights are being written
+                raise
+            member.drop(error.message)
+
     def _bring_current(self, member: Member) -> None:
         session = member.session
         way = open_transport(Handshake("stream", session.carried, session.max_chunk_bytes))
@@ -332,7 +344,8 @@ class ReplicatedWeights:
 
     def _open(self, client: InferenceClient) -> Session:
         if self._adapter:
-            session: Session = AdapterSession(client, self._policy, self._base, name=self._adapter)
+            how = {"name": self._adapter, "calling": functools.partial(watched, client)}
+            session: Session = AdapterSession(client, self._policy, self._base, **how)  # type: ignore[arg-type]
         else:
             session = self._introduced(client)
         self._names = session.names
@@ -353,7 +366,8 @@ class ReplicatedWeights:
     def _session(self, client: InferenceClient, transport: str) -> Session:
         # Windows of the size of buckets: which of the services share a mirror is not known yet.
         how = {"mode": "staged", "timeout_s": _OPEN_S, "window_bytes": WINDOW_BYTES}
-        return Session(client, self._policy, transport=transport, **how)  # type: ignore[arg-type]
+        calling = functools.partial(watched, client)
+        return Session(client, self._policy, transport=transport, calling=calling, **how)  # type: ignore[arg-type]
 
     def _policy(self, wanted: Sequence[str]) -> list[SourceTensor]:
         """What updates carry."""

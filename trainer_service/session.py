@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -33,6 +33,8 @@ UPDATE_TIMEOUT_S = 1800.0
 ANSWER_TIMEOUT_S = 120.0
 
 PolicyOf = Callable[[Sequence[str]], list[SourceTensor]]
+#: Calls a method of a service with a request and a deadline in seconds. Raises TandemErrors.
+Calling = Callable[[Any, Any, float], Any]
 
 
 def first_of(transports: Sequence[str | None], opened: Callable[[str | None], Session]) -> Session:
@@ -63,6 +65,7 @@ class Session:
         sparse: bool = False,
         together: Together | None = None,
         window_bytes: int = 0,
+        calling: Calling | None = None,
     ) -> None:
         """Introduce the policy, and open the transport that is chosen.
 
@@ -75,6 +78,7 @@ class Session:
             sparse: whether updates by stream or NCCL shall carry what changed alone, where the service takes that.
             together: the ranks of the run, which write the engine's memory where that is of several workers.
             window_bytes: of what goes by NCCL, or 0 for as many as suit the policy.
+            calling: how calls are waited for; until their deadline, if None.
 
         Raises:
             InvalidArgument: the policy is not the engine's model; each tensor at fault is named.
@@ -83,8 +87,8 @@ class Session:
         """
         self._client = client
         self._line: Line | None = None
-        with rpc.translated():
-            answer = client.weights.GetManifest(pb.GetManifestRequest(), timeout=timeout_s)
+        self._calling = calling or _called
+        answer = self._calling(client.weights.GetManifest, pb.GetManifestRequest(), timeout_s)
         manifest = manifest_of(answer.manifest)
         self.names = [tensor.name for tensor in manifest]
         policy = policy_of(self.names)
@@ -94,8 +98,7 @@ class Session:
         if together is not None:
             request.members.extend(together.identities[1:])
         request.nccl_window_bytes = window_bytes or window_wanted(manifest, policy)
-        with rpc.translated():
-            opened = client.weights.OpenSession(request, timeout=timeout_s)
+        opened = self._calling(client.weights.OpenSession, request, timeout_s)
         self.id = opened.session_id
         self.max_chunk_bytes: int = opened.max_chunk_bytes
         self.takes_changes: bool = opened.partial
@@ -231,10 +234,14 @@ class Session:
     def holds(self, number: int, digest: int) -> bool:
         """Whether the engine has committed weights of this digest as version `number`."""
         request = pb.GetWeightVersionRequest(include_digest=True, adapter=self._adapter)
-        with rpc.translated():
-            now = self._client.weights.GetWeightVersion(request, timeout=ANSWER_TIMEOUT_S)
+        now = self._calling(self._client.weights.GetWeightVersion, request, ANSWER_TIMEOUT_S)
         committed: bool = now.state == pb.WEIGHT_STATE_COMMITTED and now.digest == digest
         return committed and now.weight_version == number
+
+
+def _called(method: Any, request: Any, timeout_s: float) -> Any:
+    with rpc.translated():
+        return method(request, timeout=timeout_s)
 
 
 def has_nccl(policy: Sequence[SourceTensor]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -22,12 +23,16 @@ from tests.fleets import (
     wait_until_committed,
 )
 from tests.policies import digest_of
-from tests.weight_service import network
+from tests.weight_service import WeightService, network
 from trainer_service import pulse
+from trainer_service import replicated as replicated_module
 from trainer_service.client import InferenceClient
 from trainer_service.member import Member
 from trainer_service.replicated import ReplicatedWeights
 from trainer_service.session import Session
+
+#: One that stands still is given up after 1.8 s; the rest is for a busy machine.
+NOTICED_S = 2.0 + 2.0
 
 
 @pytest.mark.parametrize("how", ["kill", "freeze"])
@@ -204,3 +209,65 @@ def test_without_any_replica_it_waits_and_then_says_so(fleet: Fleet, replicated:
     patient.sync()
     timer.join()
     assert patient.holding() == {fleet.addresses[0]}
+
+
+@pytest.mark.parametrize("how", ["kill", "freeze"])
+@pytest.mark.parametrize("call", ["GetManifest", "OpenSession"])
+def test_one_that_dies_while_it_is_introduced_holds_nobody_up(
+    fleet: Fleet, replicated: Replicated, monkeypatch: pytest.MonkeyPatch, call: str, how: str
+) -> None:
+    weights, victim = replicated(network()), fleet.services[VICTIM]
+    weights.sync()
+    victim.kill()
+    weights.sync()
+    victim.start()
+    fleet.engines[VICTIM].wait_until_serving(60)
+    died = dies_before(monkeypatch, call, victim, how)
+    for _ in range(200):
+        weights.sync()
+        if died:
+            break
+        threading.Event().wait(0.05)
+    assert time.monotonic() - died[0] < NOTICED_S
+    assert weights.holding() == {address for address in fleet.addresses if address != victim.address}
+
+
+@pytest.mark.parametrize("how", ["kill", "freeze"])
+def test_one_that_dies_while_it_is_asked_what_it_holds_stays_out(
+    fleet: Fleet, replicated: Replicated, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    weights, victim = replicated(network()), fleet.services[VICTIM]
+    weights.sync()
+    (lost,) = [client for client in weights.current if client.address == victim.address]
+    weights.drop(lost, "it gives no rollouts")
+    died: list[float] = []
+    holds = Session.holds
+
+    def dies(session: Session, *args: Any) -> bool:
+        getattr(victim, how)()
+        died.append(time.monotonic())
+        return holds(session, *args)
+
+    monkeypatch.setattr(Session, "holds", dies)
+    for _ in range(200):
+        weights.catch_up()
+        if died:
+            break
+        threading.Event().wait(0.05)
+    assert time.monotonic() - died[0] < NOTICED_S
+    assert weights.holding() == {address for address in fleet.addresses if address != victim.address}
+
+
+def dies_before(monkeypatch: pytest.MonkeyPatch, call: str, victim: WeightService, how: str) -> list[float]:
+    """Have a service die right before it is asked for this. When it did."""
+    died: list[float] = []
+    real = replicated_module.watched
+
+    def watched(client: InferenceClient, method: Any, *args: Any) -> Any:
+        if client.address == victim.address and call in str(method._method) and not died:
+            getattr(victim, how)()
+            died.append(time.monotonic())
+        return real(client, method, *args)
+
+    monkeypatch.setattr(replicated_module, "watched", watched)
+    return died
