@@ -196,6 +196,7 @@ def while_generating(client: InferenceClient, weights: PolicyWeights) -> dict[st
     """
     work = Workload(n_prompts=RUNNING, prompt_tokens=16, new_tokens=250)
     begun, over = threading.Event(), threading.Event()
+    asked: list[Any] = []  # what is not given was dropped, also where a whole batch failed
     rollouts: list[Any] = []
 
     def generate() -> None:
@@ -203,6 +204,7 @@ def while_generating(client: InferenceClient, weights: PolicyWeights) -> dict[st
         while not over.is_set():
             prompts = [(prompt, 1) for prompt in work.prompts(seed)]
             sampling = {"max_tokens": work.new_tokens, "temperature": 1.0, "ignore_eos": True}
+            asked.extend(prompts)
             begun.set()
             groups = client.generate(prompts, sampling)
             rollouts.extend(rollout for group in groups for rollout in group)
@@ -218,7 +220,7 @@ def while_generating(client: InferenceClient, weights: PolicyWeights) -> dict[st
         over.set()
         generating.join()
     whole = sum(len(rollout.token_ids) == work.new_tokens for rollout in rollouts)
-    return found | {"rollouts": len(rollouts), "dropped": len(rollouts) - whole}
+    return found | {"rollouts": len(rollouts), "dropped": len(asked) - whole}
 
 
 def digest_ms(values: list[torch.Tensor]) -> dict[str, float]:
