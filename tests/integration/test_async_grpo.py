@@ -292,6 +292,7 @@ def test_a_reward_that_is_none_ends_the_training(
         ({"lora_mode": "both"}, "lora_mode"),
         ({"reward_funcs": "a/model"}, "reward_funcs"),
         ({"args": object()}, "args"),
+        ({"args": arguments(Path("out"), max_staleness=-1)}, "args.max_staleness"),
         ({"train_dataset": Dataset.from_dict({"text": ["a"]})}, "train_dataset"),
     ],
 )

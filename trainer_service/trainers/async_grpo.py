@@ -113,6 +113,8 @@ class AsyncGRPOTrainer(OptimizerMixin, TrlAsyncGRPOTrainer):
             raise invalid(field, "is what the service does; TRL's own trainer takes another's")
         args = args or AsyncGRPOConfig(named_after(model, "AsyncGRPO"))
         check_config(args, AsyncGRPOConfig)
+        if args.max_staleness < 0:  # every sample would be dropped, for ever
+            raise invalid("args.max_staleness", f"must not be negative, is {args.max_staleness}")
         if vllm_mode not in TRANSPORTS:
             raise invalid("vllm_mode", f"{vllm_mode!r} is neither 'colocate' nor 'server'")
         if lora_mode not in LORA_MODES:
