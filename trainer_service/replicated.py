@@ -220,10 +220,10 @@ class ReplicatedWeights:
         if not partial:
             way.forget()
         moved = self._commit(members, way, number, partial=partial)
-        if streams:
-            way.mark()
-        else:  # it has not read what was committed
+        if all(member.lost for member in streams):  # it may not have read what was committed
             way.forget()
+        else:
+            way.mark()
         self._held = moved.digest
         self.committed += 1
         stopped = max((member.stopped for member in members if not member.lost), default=0.0)

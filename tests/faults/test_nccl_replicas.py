@@ -315,6 +315,26 @@ def test_changes_alone_still_go_by_stream(fleet: Any) -> None:
     assert two.holding(0, 1)
 
 
+def test_what_changed_is_told_of_the_version_that_a_stream_last_brought(fleet: Any) -> None:
+    """And not of one before it, which values go back to: the replica was given what is between by itself."""
+    two = fleet(on_a_gpu, idle, sparse=True)
+    two.weights.sync()
+    change(two.model)
+    two.weights.sync()
+    values = [parameter.detach().clone() for parameter in two.model.parameters()]
+    two.services[1].kill()
+    change(two.model)
+    two.weights.sync()
+    assert two.holding(0)
+    two.start(1)
+    two.until_all(two.weights.catch_up)
+    with torch.no_grad():
+        for parameter, value in zip(two.model.parameters(), values, strict=True):
+            parameter.copy_(value)
+    two.weights.sync()
+    assert two.holding(0, 1)
+
+
 def test_stream_can_be_asked_for(fleet: Any) -> None:
     two = fleet(on_a_gpu, on_a_gpu, transport="stream")
     two.weights.sync()
