@@ -87,6 +87,10 @@ HostArena::HostArena(HostArena&& other) noexcept
       size_(std::exchange(other.size_, 0)),
       address_(std::exchange(other.address_, nullptr)) {}
 
+void HostArena::forget() const {
+    if (::madvise(address_, size_, MADV_REMOVE) != 0) throw_errno("madvise(MADV_REMOVE)");
+}
+
 HostArena::~HostArena() {
     if (address_ != nullptr) ::munmap(address_, size_);
     if (fd_ >= 0) ::close(fd_);

@@ -74,6 +74,7 @@ PYBIND11_MODULE(_core, m) {
                                   "Sealed shared memory; its buffer is writable and keeps it alive.")
         .def_static("create", &tandem::HostArena::create, "name"_a, "size"_a, Release())
         .def_static("open", &tandem::HostArena::open, "fd"_a, "size"_a, Release())
+        .def("forget", &tandem::HostArena::forget, Release())
         .def_property_readonly("fd", &tandem::HostArena::fd)
         .def_property_readonly("size", &tandem::HostArena::size)
         .def_property_readonly(

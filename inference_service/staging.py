@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Sequence
 
 import torch
@@ -45,6 +44,10 @@ class Staging:
         """Digest of the policy as it was received."""
         return combine(digest_tensors(self._tensors()))
 
+    def forget(self) -> None:
+        """Give the pages back, which takes its time. From any thread; nothing is read or written meanwhile."""
+        self.arena.forget()
+
     def release(self) -> None:
         """Give the memory back now: the traceback of an update that failed may keep this object for long."""
         self._bytes = memoryview(b"")
@@ -80,8 +83,7 @@ class MappedStaging(Staging):
 
     def release(self) -> None:
         """Give the pages back, though both have them mapped. They come again with the next update."""
-        with mmap.mmap(self.arena.fd, self.arena.size) as pages:
-            pages.madvise(mmap.MADV_REMOVE)
+        self.forget()
         self._used = False
         if self._over:
             super().release()

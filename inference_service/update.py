@@ -233,10 +233,18 @@ class Update:
         self._incoming.release()
         policy.engine.arriving = False
         try:
+            await self._let_go_on()
+            self.writing = False
+            await self._incoming.give_back()
+        finally:
+            policy.over()
+
+    async def _let_go_on(self) -> None:
+        policy = self._policy
+        try:
             # A pause that was given up holds nothing, and the lease must not wait for its turn with the engine.
             if policy.engine.held_by(_UPDATE) and not policy.torn:
                 await policy.engine.release(_UPDATE)
         finally:
             if self._stopped_at is not None:
                 policy.last_stopped = time.perf_counter() - self._stopped_at
-            policy.over()

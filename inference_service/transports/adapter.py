@@ -38,4 +38,8 @@ class AdapterStream(Incoming):
         return not self._installed and await self._adapter.revert()
 
     def release(self) -> None:
+        """What is staged takes longer."""
+
+    async def give_back(self) -> None:
+        await asyncio.to_thread(self._staging.forget)
         self._staging.release()

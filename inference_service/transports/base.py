@@ -111,7 +111,10 @@ class Incoming(ABC):
 
     @abstractmethod
     def release(self) -> None:
-        """Give back the memory that the update needed."""
+        """End what is under way, and give back the memory that the update needed, as far as that takes no time."""
+
+    async def give_back(self) -> None:  # noqa: B027
+        """Give back the rest, once generation goes on."""
 
 
 def compare(told: int | None, found: int) -> None:

@@ -41,4 +41,8 @@ class SharedStaged(Incoming):
         await self._arenas.write_staged(self._stage)
 
     def release(self) -> None:
+        """What is staged takes longer."""
+
+    async def give_back(self) -> None:
+        await asyncio.to_thread(self._stage.forget)
         self._stage.release()

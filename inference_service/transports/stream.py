@@ -32,6 +32,10 @@ class StreamStaged(Incoming):
         await self._arenas.write_staged(self._staging)
 
     def release(self) -> None:
+        """What is staged takes longer."""
+
+    async def give_back(self) -> None:
+        await asyncio.to_thread(self._staging.forget)
         self._staging.release()
 
 

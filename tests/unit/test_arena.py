@@ -197,6 +197,18 @@ def test_refused_descriptors_do_not_leak(arena: Arena) -> None:
     assert len(os.listdir("/proc/self/fd")) <= before
 
 
+def test_memory_that_is_forgotten_is_zero_wherever_it_is_mapped(arena: Arena) -> None:
+    there = Arena.open(arena.fd, arena.size)
+    mine, theirs = (a.tensor(0, (a.size,), torch.uint8) for a in (arena, there))
+    mine.fill_(7)
+    blocks = os.fstat(arena.fd).st_blocks
+    there.forget()
+    assert os.fstat(arena.fd).st_blocks == 0 < blocks
+    assert not mine.any()
+    theirs[0] = 9
+    assert mine[0] == 9
+
+
 PEER = """
 import sys, torch
 from weight_transfer.arena import Arena

@@ -6,11 +6,14 @@ The engine is a stand-in that fails when told to. Memory, placements and digests
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 import pytest
 import torch
 
+from inference_service.policy import WeightState
+from inference_service.staging import Staging
 from inference_service.transports import sparse as sparse_module
 from tandem.errors import DataLoss, FailedPrecondition, Reason, Unavailable
 from tests.policy_machine import Engine
@@ -215,6 +218,39 @@ def pages(arena: Arena) -> int:
     import os
 
     return os.fstat(arena.fd).st_blocks * 512
+
+
+@pytest.mark.parametrize("end", ["commit", "lose"])
+@pytest.mark.parametrize("name", ["stream staged", "shared staged"])
+async def test_generation_and_the_service_go_on_while_staged_memory_is_given_back(
+    name: str, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To give gigabytes back takes a second, in which the lease is held."""
+    plane, new = Plane(), random_bits(2)
+    seen: list[tuple[bool, WeightState, int]] = []
+    giving, given = asyncio.Event(), threading.Event()
+    loop, forget = asyncio.get_running_loop(), Staging.forget
+
+    def slowly(stage: Staging) -> None:
+        loop.call_soon_threadsafe(giving.set)
+        assert given.wait(10), "the service stood still"
+        forget(stage)
+
+    monkeypatch.setattr(Staging, "forget", slowly)
+    update = await plane.begin(name)
+    plane.bring(update, name, new)
+    ending = asyncio.ensure_future(
+        update.commit(digest_of(new)) if end == "commit" else update.lose("it died")
+    )
+    await giving.wait()
+    seen.append((plane.engine.generating, plane.policy.state, plane.policy.version))
+    assert await reason(plane.begin("stream staged")) == Reason.LEASE_HELD
+    given.set()
+    monkeypatch.setattr(Staging, "forget", forget)
+    await ending
+    version = 2 if end == "commit" else 1
+    assert seen == [(True, S, version)]
+    plane.check(C, version, new if end == "commit" else plane.values)
 
 
 async def test_a_stage_that_is_mapped_gives_its_pages_back() -> None:
