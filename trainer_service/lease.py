@@ -6,12 +6,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from tandem import rpc
 from tandem.errors import Aborted, DeadlineExceeded, Internal, Reason, TandemError
 from tandem.weights.v1 import weights_pb2 as pb
 from trainer_service.heart import HEART
 from trainer_service.line import Line
+from trainer_service.pulse import gone
 from weight_transfer.transports import Chunk, Piece, Sum
 
 _HEARTBEAT = pb.UpdateWeightsRequest(heartbeat=pb.Heartbeat())
@@ -35,6 +37,7 @@ class Lease:
         ready_timeout_s: float,
         answer_timeout_s: float,
         meanwhile: Callable[[Lease], None] = lambda lease: None,
+        ask: Callable[[], Any] | None = None,
     ) -> None:
         """Open the update and wait until the service is ready.
 
@@ -46,6 +49,7 @@ class Lease:
             timeout_s: deadline of the whole update in seconds.
             ready_timeout_s: deadline of the service's first answer in seconds.
             answer_timeout_s: deadline of each later one.
+            ask: begins to ask the service whether it is there, as `pulse.ask`: the update is given up where it is not.
 
         Raises:
             TandemError: the service refused, or did not answer in time.
@@ -56,6 +60,8 @@ class Lease:
         # When the answer that is waited for is overdue, and after how many seconds that is.
         self._answer_by: tuple[float, float] | None = None
         self._overdue = ""
+        self._ask = ask
+        self._question: Any = None
         self._ending, self._begun, self._over = threading.Lock(), False, False
         self._done: pb.UpdateWeightsResponse | None = None
         self.promised = False  # the commit was sent, while bytes were still on their way by themselves
@@ -185,6 +191,17 @@ class Lease:
             if self._overdue:
                 self._line.close()
         self._line.put_at_once(_HEARTBEAT)  # full of chunks: they are signs of life as well
+        if self._ask is not None and (self._question is None or self._question.done()):
+            with suppress(ValueError):  # of a channel that was closed; this is everybody's thread
+                self._question = self._ask()
+                self._question.add_done_callback(self._heard)
+
+    def _heard(self, question: Any) -> None:
+        """What was asked has an answer, or none in time."""
+        with self._ending:
+            if gone(question) and not self._over:
+                self._overdue = "The service stands still, or cannot be reached."
+                self._line.close()
 
     def _end(self) -> None:
         self._let_go()
@@ -194,3 +211,5 @@ class Lease:
         with self._ending:
             self._over = True
         HEART.remove(self)
+        if (question := self._question) is not None:
+            question.cancel()

@@ -84,7 +84,7 @@ class Member:
         try:
             # By NCCL memory is had first; if it dies, the lease is cut.
             patience = _READY_S if self.session.transport.name == "nccl" else ANSWER_S
-            self.session.begin(number, partial=partial, ready_timeout_s=patience, begun=begun)
+            self.session.begin(number, partial=partial, ready_timeout_s=patience, begun=begun, watched=True)
         except BaseException:
             self._lease = None
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -15,6 +16,7 @@ from tandem.weights.v1 import weights_pb2 as pb
 from trainer_service.client import InferenceClient
 from trainer_service.lease import Lease
 from trainer_service.line import Line
+from trainer_service.pulse import ask
 from weight_transfer.cuda import nccl
 from weight_transfer.cuda.devices import uuid_of
 from weight_transfer.identity import ProcessIdentity
@@ -151,12 +153,14 @@ class Session:
         meanwhile: Callable[[], None] = lambda: None,
         stands: Callable[[], bool] | None = None,
         begun: Callable[[Lease], None] = lambda lease: None,
+        watched: bool = False,
     ) -> Lease:
         """Take the lease for the update that makes version `number` on top of `weight_version`.
 
         `meanwhile` is called while the engine stops. `partial` is what the session's transport says, if None. `stands`,
         which is called then too, tells whether what will be moved is what the transport has as it `stands`, and may
-        therefore go ahead. `begun` is given the lease first of all, so that others can cut it.
+        therefore go ahead. `begun` is given the lease first of all, so that others can cut it. `watched` says that they
+        do where the service stands still.
 
         Raises:
             FailedPrecondition: somebody else made a newer version.
@@ -194,6 +198,7 @@ class Session:
                     ready_timeout_s=ready_timeout_s,
                     answer_timeout_s=ANSWER_TIMEOUT_S,
                     meanwhile=joined,
+                    ask=None if watched else functools.partial(ask, self._client),
                 )
             except BaseException:
                 transport.withdraw()

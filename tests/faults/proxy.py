@@ -34,6 +34,10 @@ class Proxy:
         """From now on nothing arrives, either way; connections stay open."""
         self._do(self._swallow())
 
+    def carry_on(self) -> None:
+        """What was swallowed arrives, and what comes."""
+        self._loop.call_soon_threadsafe(self._passing.set)
+
     def close(self) -> None:
         self._do(self._end())
         self._loop.call_soon_threadsafe(self._loop.stop)
