@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
 import socket
-import tempfile
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
 import structlog
 
+from inference_service.folders import Folder
 from weight_transfer import descriptors
 
 log = structlog.get_logger(__name__)
@@ -34,13 +33,13 @@ class DescriptorSocket:
         self._attend = attend
         self._tasks: set[asyncio.Task[None]] = set()
         self._silent: OrderedDict[socket.socket, None] = OrderedDict()
-        self._folder = ""
+        self._folder: Folder | None = None
         self._listener: socket.socket | None = None
 
     @property
     def path(self) -> str:
         """Where it is."""
-        return os.path.join(self._folder, "descriptors.sock")
+        return str(self._folder.path / "descriptors.sock") if self._folder else ""
 
     def knows(self, uid: int) -> bool:
         """Whether callers of this user are heard."""
@@ -48,13 +47,13 @@ class DescriptorSocket:
 
     def start(self) -> None:
         """Listen, in a folder that nobody else can enter unless `uids` may."""
-        self._folder = tempfile.mkdtemp(prefix="tandem-")
+        self._folder = Folder("weights")
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         self._listener.bind(self.path)
         if len(self._uids) > 1:
             # The kernel tells who connects, and `_serve` asks.
             os.chmod(self.path, 0o666)  # noqa: S103
-            os.chmod(self._folder, 0o711)  # noqa: S103
+            self._folder.path.chmod(0o711)
         self._listener.listen(128)
         self.spawn(self._accept(self._listener))
 
@@ -67,7 +66,8 @@ class DescriptorSocket:
             connection.close()
         if self._listener is not None:
             self._listener.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._folder is not None:
+            self._folder.remove()
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Do something until `stop`."""

@@ -10,15 +10,13 @@ import asyncio
 import contextlib
 import itertools
 import json
-import shutil
-import tempfile
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import structlog
 
 from inference_service.engine import Engine
+from inference_service.folders import Folder
 from tandem.errors import Aborted, DataLoss, Reason
 from weight_transfer.manifest import Manifest
 
@@ -141,9 +139,9 @@ class Link:
                 self._lines = lines
                 came.set_result(None)
 
-        folder = tempfile.mkdtemp(prefix="tandem-")
+        folder = Folder("link")
         try:
-            path = str(Path(folder, "link.sock"))
+            path = str(folder.path / "link.sock")
             server = await asyncio.start_unix_server(connected, path)
             try:
                 await self._engine.call_workers("tandem_link", path, *self._crew())
@@ -157,7 +155,7 @@ class Link:
                 raise _lost("the engine's worker did not connect") from None
             raise
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            folder.remove()
 
     def _crew(self) -> tuple[Any, ...]:
         if self._workers == 1 or self._manifest is None:

@@ -7,11 +7,11 @@ import contextlib
 import itertools
 import os
 import shutil
-import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from inference_service.folders import Folder
 from inference_service.refusals import one_line
 from tandem.errors import FailedPrecondition, NotFound, Reason, invalid
 
@@ -47,7 +47,7 @@ class Loras:
         self._adapters: dict[str, Adapter] = {}
         self._trained: dict[str, Adapter] = {}
         self._ids = itertools.count(1)
-        self._folder = tempfile.mkdtemp(prefix="tandem-loras-")
+        self._folder = Folder("loras")
 
     @property
     def names(self) -> list[str]:
@@ -81,7 +81,7 @@ class Loras:
 
         if name not in self._trained:
             number = next(self._ids)
-            request = LoRARequest(name, number, os.path.join(self._folder, str(number)))
+            request = LoRARequest(name, number, str(self._folder.path / str(number)))
             self._trained[name] = Adapter(request, trained=True)
         return self._trained[name]
 
@@ -112,7 +112,7 @@ class Loras:
         if name in self._adapters and self._adapters[name].trained:
             raise invalid("name", f"{name!r} is a trainer's adapter: unload it first, or choose another name")
         number = next(self._ids)
-        adapter = Adapter(LoRARequest(name, number, os.path.join(self._folder, str(number))))
+        adapter = Adapter(LoRARequest(name, number, str(self._folder.path / str(number))))
         try:
             await asyncio.to_thread(_copy, path, adapter.request.lora_path, policy or {})
             yield adapter
@@ -159,7 +159,7 @@ class Loras:
 
     def close(self) -> None:
         """Remove the copies."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.remove()
 
     def _check_on(self) -> None:
         if self._llm.vllm_config.lora_config is None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import shutil
 import socket
-import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
+from inference_service.folders import Folder
 from weight_transfer import descriptors
 
 _SECONDS = 10
@@ -56,8 +54,8 @@ def take(path: str) -> list[int]:
 
 @asynccontextmanager
 async def _listening(answer: Callable[[socket.socket], None]) -> AsyncIterator[str]:
-    folder = tempfile.mkdtemp(prefix="tandem-")
-    path = os.path.join(folder, "workers.sock")
+    folder = Folder("workers")
+    path = str(folder.path / "workers.sock")
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
 
     def serve() -> None:
@@ -81,4 +79,4 @@ async def _listening(answer: Callable[[socket.socket], None]) -> AsyncIterator[s
             await serving
     finally:
         listener.close()
-        shutil.rmtree(folder, ignore_errors=True)
+        folder.remove()
