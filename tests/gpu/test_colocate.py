@@ -160,7 +160,7 @@ def test_updates_of_a_sleeping_engine_are_there_when_it_wakes(service: Service, 
     free = torch.cuda.mem_get_info()[0]
     told = service.engine.Sleep(engine_pb2.SleepRequest(), timeout=60).released_bytes
     freed = torch.cuda.mem_get_info()[0] - free
-    assert told == freed
+    assert abs(told - freed) < 64 << 20, "others may have taken or freed some"
     assert freed > 2 << 30, "the KV cache is given back"
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     for _ in range(3):  # of which each is a version, as with gradient accumulation in between

@@ -236,10 +236,14 @@ def stopped_trainer(
         command, stdout=subprocess.PIPE, text=True, env=os.environ | ENVIRONMENT
     ) as trainer:
         assert trainer.stdout is not None
-        assert where in trainer.stdout.readline()
+        late = threading.Timer(120, trainer.kill)
+        late.start()
         try:
+            assert where in trainer.stdout.readline()
+            late.cancel()
             yield trainer
         finally:
+            late.cancel()
             trainer.kill()
 
 
@@ -284,12 +288,20 @@ _STAGING, _WRITING = weights_pb2.WEIGHT_STATE_STAGING, weights_pb2.WEIGHT_STATE_
 
 @MODES
 def test_an_engine_that_stands_still_is_given_up_and_comes_back(
-    service: Service, policy: Any, mode: str
+    service: Service, policy: Any, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, weights = policy(torch.bfloat16, mode)
     weights.sync()
+    given_up, recover = [], weights._recover
+
+    def recovers(*arguments: Any) -> None:
+        given_up.append(time.monotonic() - stopped)
+        recover(*arguments)
+
+    monkeypatch.setattr(weights, "_recover", recovers)
     (engine,) = [p for p in service.children() if b"EngineCore" in Path(f"/proc/{p}/cmdline").read_bytes()]
     os.kill(engine, signal.SIGSTOP)
+    stopped = time.monotonic()
     wakes = threading.Timer(4, os.kill, (engine, signal.SIGCONT))
     wakes.start()
     try:
@@ -299,6 +311,8 @@ def test_an_engine_that_stands_still_is_given_up_and_comes_back(
     finally:
         wakes.join()
         os.kill(engine, signal.SIGCONT)
+    assert given_up
+    assert given_up[0] < 3.5, "while it stands still: its silence is noticed after 2 s"
     assert digest(service)[1] == digest_of(model, service)
 
 
