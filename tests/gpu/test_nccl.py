@@ -24,9 +24,11 @@ from tandem.weights.v1 import weights_pb2
 from tests.gpu.test_colocate import RATE, assert_agrees, digest, digest_of
 from tests.services import ENVIRONMENT, Service, inference_service
 from trainer_service.client import InferenceClient
+from trainer_service.lease import Lease
 from trainer_service.weights import PolicyWeights
 from weight_transfer.cuda import nccl
 from weight_transfer.sparse import bits
+from weight_transfer.transports import Sum
 
 pytestmark = [
     pytest.mark.gpu,
@@ -191,6 +193,7 @@ STOPS = """
 import sys, time, torch
 from transformers import AutoModelForCausalLM
 from trainer_service.client import InferenceClient
+from trainer_service.lease import Lease
 from trainer_service.weights import PolicyWeights
 from trainer_service.lease import Lease
 from weight_transfer.cuda import nccl
@@ -287,8 +290,9 @@ _STAGING, _WRITING = weights_pb2.WEIGHT_STATE_STAGING, weights_pb2.WEIGHT_STATE_
 
 
 @MODES
-def test_an_engine_that_stands_still_is_given_up_and_comes_back(
-    service: Service, policy: Any, mode: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("who", ["engine", "service"])
+def test_who_stands_still_is_given_up_and_comes_back(
+    service: Service, policy: Any, mode: str, who: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, weights = policy(torch.bfloat16, mode)
     weights.sync()
@@ -300,9 +304,10 @@ def test_an_engine_that_stands_still_is_given_up_and_comes_back(
 
     monkeypatch.setattr(weights, "_recover", recovers)
     (engine,) = [p for p in service.children() if b"EngineCore" in Path(f"/proc/{p}/cmdline").read_bytes()]
-    os.kill(engine, signal.SIGSTOP)
+    stands = engine if who == "engine" else service.process.pid
+    os.kill(stands, signal.SIGSTOP)
     stopped = time.monotonic()
-    wakes = threading.Timer(4, os.kill, (engine, signal.SIGCONT))
+    wakes = threading.Timer(4, os.kill, (stands, signal.SIGCONT))
     wakes.start()
     try:
         for parameter in model.parameters():
@@ -310,9 +315,37 @@ def test_an_engine_that_stands_still_is_given_up_and_comes_back(
         weights.sync()  # is tried again once it is there
     finally:
         wakes.join()
-        os.kill(engine, signal.SIGCONT)
+        os.kill(stands, signal.SIGCONT)
     assert given_up
-    assert given_up[0] < 3.5, "while it stands still: its silence is noticed after 2 s"
+    assert given_up[0] < 3.5, "while it stands still: silence is noticed after 2 s"
+    assert digest(service)[1] == digest_of(model, service)
+
+
+@MODES
+def test_bytes_that_are_not_the_trainers_are_refused(
+    service: Service, policy: Any, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, weights = policy(torch.bfloat16, mode)
+    weights.sync()
+    before = state(service).weight_version
+    for parameter in model.parameters():
+        parameter.data.add_(0.01)
+    send = Lease.send
+    monkeypatch.setattr(
+        Lease,
+        "send",
+        lambda lease, piece: send(lease, Sum(piece.digest ^ 1) if isinstance(piece, Sum) else piece),
+    )
+    with pytest.raises(TandemError) as refused:
+        weights.sync()
+    assert refused.value.reason == Reason.DIGEST_MISMATCH
+    after, torn = state(service), mode == "in_place"
+    assert after.weight_version == before
+    assert after.state == (weights_pb2.WEIGHT_STATE_TORN if torn else weights_pb2.WEIGHT_STATE_COMMITTED)
+    assert service.health() == ("NOT_SERVING" if torn else "SERVING")
+    monkeypatch.undo()
+    weights.sync()
+    service.wait_until("SERVING", 10)
     assert digest(service)[1] == digest_of(model, service)
 
 
