@@ -144,6 +144,25 @@ def test_a_parameter_that_was_given_other_memory_is_moved_back() -> None:
     assert transport.settled(policy)
 
 
+@pytest.mark.parametrize("how", ["first row", "transposed"])
+def test_a_parameter_that_reads_the_engines_memory_otherwise_is_moved(how: str) -> None:
+    """It begins where it did, and has other values."""
+    transport, made, arena = shared()
+    policy, parameters = sources()
+    transport.move(policy, no_chunk)
+    name, data = "b.weight", parameters["b.weight"].data
+    parameters[name].data = data[:1].expand(4, 6) if how == "first row" else data.view(6, 4).t()
+    values = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    assert not transport.stands()
+    assert not transport.settled(policy)
+    moved = transport.move(policy, no_chunk)
+    assert moved.nbytes == parameters[name].numel() * 2
+    assert moved.digest == digest_of(values)
+    for held, value in engine_side(made, arena).items():
+        assert torch.equal(value, values[held])
+    assert transport.settled(policy)
+
+
 def pair() -> tuple[SharedTransport, list[Placement], Arena, list[nn.Parameter]]:
     """Two parameters of one shape, which are the engine's memory."""
     specs = [TensorSpec(name, "bfloat16", (4, 6)) for name in ("a", "b")]

@@ -81,7 +81,8 @@ class SharedTransport(WeightTransport):
 
     def stands(self) -> bool:
         parameters, addresses = self._homes
-        return self._settled and list(map(torch.Tensor.data_ptr, parameters)) == addresses
+        there = self._settled and list(map(torch.Tensor.data_ptr, parameters)) == addresses
+        return there and all(map(torch.Tensor.is_contiguous, parameters))
 
     def mark(self) -> None:
         if self._unwatched:
@@ -150,10 +151,8 @@ class SharedTransport(WeightTransport):
 
     def _write(self, sources: Sequence[SourceTensor], parts: list[int]) -> None:
         if sources:
-            items = self._items(sources)
-            if len(items) > 1:
-                # One that lies in another's place, as where two changed theirs, is read before that is written.
-                items = [(p, value.clone() if self._is_ours(value) else value) for p, value in items]
+            # One that lies in another's place, as where two changed theirs, is read before that is written.
+            items = [(p, v.clone() if self._is_ours(v) else v) for p, v in self._items(sources)]
             self.touched = True
             self._note(sources, write(items, self._arenas), parts)
 
@@ -187,7 +186,10 @@ class SharedTransport(WeightTransport):
             return False
         if not self._may_alias(source):
             return False
-        return source.parameter.data_ptr() == self._addresses[source.name] or not source.spec.numel
+        there = (
+            source.parameter.data_ptr() == self._addresses[source.name] and source.parameter.is_contiguous()
+        )
+        return there or not source.spec.numel
 
     def _may_alias(self, source: SourceTensor) -> bool:
         same_dtype = source.spec.dtype == self._placements[source.name].spec.dtype
