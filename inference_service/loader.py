@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
 
+import structlog
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
@@ -25,14 +26,16 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from inference_service.placer import Placer
 from inference_service.recorder import Recorder
+from inference_service.rewritten import Loaded, Rewritten
 from weight_transfer.arena import Arena, align
 from weight_transfer.cuda.devices import require_kernels, uuid_of
-from weight_transfer.digest import digest_tensor
 from weight_transfer.manifest import TensorSpec
 from weight_transfer.parts import PartSums
 from weight_transfer.placement import Block, Placement
 from weight_transfer.reading import Reading, part_sums
 from weight_transfer.write import copy
+
+log = structlog.get_logger(__name__)
 
 LOAD_FORMAT = "tandem"
 
@@ -42,9 +45,11 @@ class HeldWeights:
     """What a worker holds of the policy.
 
     arenas: the parameters' memory, and, where some tensor's way into the parameters could not be recorded, a
-        second one with those tensors as the checkpoint has them, from which vLLM's own loading takes them.
+        second one with those tensors as the checkpoint has them.
     placements: one for each tensor of the checkpoint that this worker reads, by name.
-    reloaded: the names of the tensors that lie in the second arena.
+    reloaded: the names of the tensors that vLLM's own loading takes from there: those in the second arena, and those
+        of the modules that are rewritten.
+    rewritten: those modules, if there are any.
     gpu: UUID of the GPU in whose memory the arenas are; "" for host memory.
     reason: why all of these are empty, where they are: the engine would not compute with what is written.
     """
@@ -52,6 +57,7 @@ class HeldWeights:
     arenas: list[Arena] = field(default_factory=list)
     placements: list[Placement] = field(default_factory=list)
     reloaded: list[str] = field(default_factory=list)
+    rewritten: Rewritten | None = None
     reason: str = ""
     gpu: str = ""
     loader: ArenaLoader | None = None
@@ -66,12 +72,13 @@ class HeldWeights:
         """Adds up the words of each block that this worker holds."""
         return part_sums(self.placements, self.arenas)
 
-    def reload(self, model: nn.Module) -> None:
-        """Have vLLM load the tensors of the second arena into the parameters."""
+    def reload(self, model: nn.Module, vllm_config: VllmConfig) -> None:
+        """Have vLLM load the tensors that it must into the parameters. Nothing may be computed meanwhile."""
         where = {p.spec.name: p for p in self.placements}
-        with torch.no_grad():
+        loading = self.rewritten.loading(vllm_config) if self.rewritten else nullcontext()
+        with torch.no_grad(), loading:
             load: Any = model.load_weights
-            load((name, where[name].view(self.arenas)) for name in self.reloaded)
+            load((name, where[name].gather(self.arenas)) for name in self.reloaded)
 
 
 @register_model_loader(LOAD_FORMAT)
@@ -96,24 +103,25 @@ class ArenaLoader(DefaultModelLoader):
             with device, _without_memory(device):
                 model = initialize_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
             arena = _rebind(model, device)
+            loaded = Loaded(model)
             self._recorder = Recorder()
             with self._recorder:
                 self.load_weights(model, model_config)
-            before = _digest(arena)
+            loaded.mark()
             _keep_weights_live(model)
             process_weights_after_loading(model, model_config, device)
             _use_live_weights(model)
             whole = vllm_config.parallel_config.world_size == 1
-            changed = _digest(arena) != before or not _all_in(arena, model)
-            model.tandem = (
-                HeldWeights(reason="vLLM rewrites this model's weights once they are loaded")
-                if changed
-                else self._held(model, model_config, Placer(arena, model, self._recorder, whole=whole))
-            )
+            rewritten = loaded.rewritten(model)
+            placer = Placer(arena, model, self._recorder, whole=whole, rewritten=rewritten.spans)
+            held = self._held(model, model_config, placer, rewritten)
+            if rewritten.modules and not held.reason:
+                held = _reloading(held, model, vllm_config)
+            model.tandem = held
             self._recorder = None
         return cast(nn.Module, model.eval())
 
-    def restore(self, model: nn.Module, model_config: ModelConfig) -> None:
+    def restore(self, model: nn.Module, vllm_config: VllmConfig) -> None:
         """Write the checkpoint's tensors over the arenas' contents, each where it was seen to go.
 
         Raises:
@@ -121,13 +129,13 @@ class ArenaLoader(DefaultModelLoader):
         """
         held = cast(HeldWeights, model.tandem)
         where = {p.spec.name: p for p in held.placements}
-        for name, tensor in super().get_all_weights(model_config, model):
+        for name, tensor in super().get_all_weights(vllm_config.model_config, model):
             if placement := where.pop(name, None):
                 copy(placement.pairs(held.arenas, tensor))
         if where:
             raise RuntimeError(f"the checkpoint has {len(where)} tensors no more, such as {min(where)}")
         if held.reloaded:
-            held.reload(model)
+            held.reload(model, vllm_config)
 
     def get_all_weights(
         self, model_config: ModelConfig, model: nn.Module
@@ -135,7 +143,9 @@ class ArenaLoader(DefaultModelLoader):
         tensors = super().get_all_weights(model_config, model)
         yield from tensors if self._recorder is None else self._recorder.watch(tensors)
 
-    def _held(self, model: nn.Module, model_config: ModelConfig, placer: Placer) -> HeldWeights:
+    def _held(
+        self, model: nn.Module, model_config: ModelConfig, placer: Placer, rewritten: Rewritten
+    ) -> HeldWeights:
         """Read the checkpoint again, and see what of it lies in the arena, bit for bit."""
         device = placer.arena.device
         held = HeldWeights(
@@ -145,14 +155,19 @@ class ArenaLoader(DefaultModelLoader):
         for name, tensor in super().get_all_weights(model_config, model):
             if not placer.used(name):
                 continue
-            if (placement := placer.place(name, tensor)) is None:
+            placement, reloads = placer.place(name, tensor), placer.rewritten(name)
+            # vLLM loads whole tensors, of which a rank's parameters have a part.
+            if placement is None or (reloads and not placer.whole):
                 again[name] = tensor.clone()
-            else:
-                held.placements.append(placement)
+                continue
+            held.placements.append(placement)
+            if reloads:
+                held.reloaded.append(name)
         if placer.conflict:
             return HeldWeights(reason=placer.conflict)
         if again:
             held.arenas.append(_reload_arena(again, held))
+        held.rewritten = rewritten if rewritten.modules else None
         held.placements.sort(key=lambda p: p.spec.name)
         return held
 
@@ -194,13 +209,21 @@ def _without_memory(device: torch.device) -> Iterator[None]:
         torch.cuda.empty_cache()
 
 
-def _digest(arena: Arena) -> int:
-    return digest_tensor(arena.tensor(0, (arena.size,), torch.uint8))
-
-
-def _all_in(arena: Arena, model: nn.Module) -> bool:
-    full = (p for p in model.parameters() if p.numel())
-    return all(arena.address <= p.data_ptr() < arena.address + arena.size for p in full)
+def _reloading(held: HeldWeights, model: nn.Module, vllm_config: VllmConfig) -> HeldWeights:
+    """`held`, if vLLM makes of the tensors that lie there just what it computes with now."""
+    reason = "vLLM rewrites this model's weights once they are loaded"
+    if held.rewritten is None or vllm_config.lora_config is not None:
+        # Adapters are put around the modules, whose weights vLLM then finds no more.
+        return HeldWeights(reason=f"{reason}, and does not load them anew where adapters are")
+    before = held.rewritten.digests()
+    try:
+        held.reload(model, vllm_config)
+    except Exception as error:
+        log.warning("weights cannot be loaded anew", exc_info=error)
+    else:
+        if held.rewritten.digests() == before:
+            return held
+    return HeldWeights(reason=f"{reason}, and does not make the same again")
 
 
 def _rebind(model: nn.Module, device: torch.device) -> Arena:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -13,23 +14,35 @@ from weight_transfer.digest import digest_tensors
 from weight_transfer.manifest import ITEMSIZE, TensorSpec
 from weight_transfer.placement import Block, Placement, covered, merged
 
+#: Where a parameter begins and ends, and its dtype.
+Span = tuple[int, int, torch.dtype]
+
 
 class Placer:
     """Places a model's tensors, once it is loaded into `arena`.
 
     whole: whether this process holds the whole model, not a rank's part of it.
+    rewritten: start, end and dtype of parameters which the model computes with in another form now. They are in use.
     conflict: what makes updates impossible; "" while nothing does.
     """
 
-    def __init__(self, arena: Arena, model: nn.Module, recorder: Recorder, *, whole: bool) -> None:
+    def __init__(
+        self,
+        arena: Arena,
+        model: nn.Module,
+        recorder: Recorder,
+        *,
+        whole: bool,
+        rewritten: Iterable[Span] = (),
+    ) -> None:
         self.arena = arena
+        self.whole = whole
         self.conflict = ""
         self._recorder = recorder
-        self._whole = whole
         self._owners: dict[int, str] = {}
-        self._spans = sorted(
-            {(p.data_ptr(), p.data_ptr() + p.nbytes, _name(p.dtype)) for p in model.parameters()}
-        )
+        self._rewritten = set(rewritten)
+        now = {(p.data_ptr(), p.data_ptr() + p.nbytes, p.dtype) for p in model.parameters()}
+        self._spans = sorted(now | self._rewritten, key=lambda span: span[:2])
         self._starts = [start for start, _, _ in self._spans]
 
     def used(self, name: str) -> bool:
@@ -42,6 +55,10 @@ class Placer:
         out_of_use = all(self._in_arena(copy) and not self._dtype(copy) for copy in copies)
         return name in self._recorder.transformed or not out_of_use
 
+    def rewritten(self, name: str) -> bool:
+        """Whether the engine computes with another form of it than lies there."""
+        return any(self._span(copy) in self._rewritten for copy in self._copies(name))
+
     def place(self, name: str, tensor: torch.Tensor) -> Placement | None:
         """Where the tensor lies, or None if its copies don't tell, or it isn't there."""
         copies = self._copies(name)
@@ -51,7 +68,7 @@ class Placer:
         spec = TensorSpec(name, dtypes.pop(), tuple(tensor.shape))
         placement = Placement(spec, merged(list(map(self._block, copies)), ITEMSIZE[spec.dtype]))
         twice = sum(block.numel for block in placement.blocks) > spec.numel
-        if twice or (self._whole and not covered(spec, placement.blocks)):
+        if twice or (self.whole and not covered(spec, placement.blocks)):
             return None
         pairs = placement.pairs([self.arena], tensor)
         expected = digest_tensors([source.to(place.dtype) for source, place in pairs])
@@ -70,14 +87,13 @@ class Placer:
 
     def _dtype(self, copy: Copy) -> str:
         """The dtype of the parameter that a copy went into; "" if it was none that is in use."""
+        span = self._span(copy)
+        return str(span[2]).removeprefix("torch.") if span else ""
+
+    def _span(self, copy: Copy) -> Span | None:
         i = bisect.bisect_right(self._starts, copy.address) - 1
-        start, end, dtype = self._spans[i] if i >= 0 else (0, 0, "")
-        return dtype if start <= copy.address < end else ""
+        return self._spans[i] if i >= 0 and copy.address < self._spans[i][1] else None
 
     def _block(self, copy: Copy) -> Block:
         offset = copy.address - self.arena.address
         return Block(0, offset, copy.strides, copy.tensor_offset, copy.tensor_strides, copy.shape)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

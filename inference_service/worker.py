@@ -59,9 +59,9 @@ class TandemWorker:
         }
 
     def tandem_reload(self) -> None:
-        """Have vLLM load again what could not be placed, from where an update left it."""
+        """Have vLLM load again what it computes with in another form, from where an update left it."""
         model = self._tandem_model()
-        model.tandem.reload(model)
+        model.tandem.reload(model, self.vllm_config)  # type: ignore[attr-defined]
 
     def tandem_restore(self) -> None:
         """Load the checkpoint again, in place."""
@@ -69,7 +69,7 @@ class TandemWorker:
         held: loader.HeldWeights = model.tandem
         if held.loader is None:
             raise RuntimeError(held.reason)
-        held.loader.restore(model, self.model_config)  # type: ignore[attr-defined]
+        held.loader.restore(model, self.vllm_config)  # type: ignore[attr-defined]
 
     def tandem_digest(self) -> int:
         """Digest of the whole policy, in the order of its tensors' names. For a worker that holds all of it."""

@@ -13,9 +13,10 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from tandem.errors import FailedPrecondition, Reason
-from trainer_service.checkpoint_names import checkpoint_names
+from trainer_service.checkpoint_names import Piece, checkpoint_pieces
 from trainer_service.shards import gathered, is_sharded, whole, whole_shape
 from weight_transfer.manifest import TensorSpec
+from weight_transfer.placement import contiguous_strides
 from weight_transfer.transports import SourceTensor
 
 #: Name, tensor, and identity of the tensor's owner: equal where parameters are tied.
@@ -53,7 +54,7 @@ def policy_tensors(
     """
     base = base_of(unwrap(model))
     found: dict[str, SourceTensor] = {}
-    seen: set[int] = set()
+    seen: set[tuple[int, int]] = set()
     for source, identity in _named(base, list(_walk(base, "", merged))):
         first, name = identity not in seen, source.name
         if first or name in wanted:
@@ -69,13 +70,26 @@ def policy_tensors(
 
 def _named(
     base: nn.Module, walked: list[tuple[str, SourceTensor, int]]
-) -> Iterator[tuple[SourceTensor, int]]:
-    """What was found, under the checkpoint's names, and the identity of each."""
-    names = checkpoint_names(base, {name: source.spec.shape for name, source, _ in walked})
+) -> Iterator[tuple[SourceTensor, tuple[int, int]]]:
+    """What was found, as the checkpoint has it, and the identity of each."""
+    pieces = checkpoint_pieces(base, {name: source.spec.shape for name, source, _ in walked})
     for name, source, identity in walked:
-        if names[name] != name:
-            source = replace(source, spec=replace(source.spec, name=names[name]))
-        yield source, identity
+        for piece in pieces[name]:
+            yield _cut(source, piece), (identity, piece.offset)
+
+
+def _cut(source: SourceTensor, piece: Piece) -> SourceTensor:
+    """A piece of a tensor, or the tensor itself under the checkpoint's name."""
+    spec = replace(source.spec, name=piece.name, shape=piece.shape)
+    if spec.shape == source.spec.shape and piece.strides == contiguous_strides(spec.shape):
+        return replace(source, spec=spec)
+    # A parameter's memory is its own whole: a piece is written, and gathered with the rest of it.
+    return replace(source, spec=spec, read=partial(_read, source, piece), parameter=None, shard=None)
+
+
+def _read(source: SourceTensor, piece: Piece) -> torch.Tensor:
+    whole = source.read().contiguous()
+    return whole.as_strided(piece.shape, piece.strides, whole.storage_offset() + piece.offset)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

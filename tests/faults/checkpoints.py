@@ -13,7 +13,7 @@ from tests import models
 
 _COMMON: dict[str, Any] = {"vocab_size": 259, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 #: bloom's checkpoint has q, k and v interleaved by head, which vLLM reshapes; gpt2's linears are transposed;
-#: mixtral's experts are packed on a CPU.
+#: the experts of mixtral and of qwen3_moe are packed on a CPU, the latter's padded before.
 CONFIGS: dict[str, dict[str, Any]] = {
     "bloom": {"hidden_size": 128, "n_layer": 2, "n_head": 4},
     "gpt2": {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 512},
@@ -23,18 +23,30 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "intermediate_size": 64,
-        "num_local_experts": 2,
+        "num_local_experts": 4,
+    },
+    "qwen3_moe": {
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "intermediate_size": 192,
+        "moe_intermediate_size": 48,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "decoder_sparse_step": 2,  # the first layer has no experts
     },
 }
 
 
-def make(path: Path, architecture: str) -> Path:
-    """A checkpoint of `architecture` in bfloat16."""
+def make(path: Path, architecture: str, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """A checkpoint of `architecture`."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(architecture, **CONFIGS[architecture], **_COMMON)
     )
-    model = model.to(torch.bfloat16)
+    model = model.to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

@@ -91,6 +91,35 @@ def test_names_are_the_checkpoints_where_the_models_are_others(
     same(values(get_peft_model(model, LoraConfig(target_modules=["q_proj"])) if lora else model), held)
 
 
+@pytest.mark.parametrize("loaded", [True, False])
+@pytest.mark.parametrize(
+    ("architecture", "config"),
+    [
+        ("mixtral", {"num_local_experts": 3}),
+        ("qwen3_moe", {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24}),
+    ],
+)
+def test_experts_that_are_one_parameter_are_the_checkpoints_tensors(
+    tmp_path: Path, architecture: str, config: dict[str, object], loaded: bool
+) -> None:
+    model_of(architecture, **config).save_pretrained(tmp_path)
+    held = load_file(tmp_path / "model.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert held.keys() - dict(model.named_parameters()).keys(), "transformers has them otherwise in memory"
+    if not loaded:
+        model._weight_conversions = None
+    sources = {source.name: source for source in policy_tensors(model)}
+    same({name: source.read() for name, source in sources.items()}, held)
+    experts = {name for name in held if ".experts." in name}
+    assert len(experts) == 3 * 3 * 2
+    # A piece of a parameter cannot be the engine's memory while the rest of it is elsewhere.
+    assert {name for name, source in sources.items() if source.parameter is None} == experts
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1
+    same({name: source.read() for name, source in sources.items()}, {n: t + 1 for n, t in held.items()})
+
+
 def test_tied_duplicates_only_where_the_engine_has_the_name() -> None:
     model = model_of(tie_word_embeddings=True)
     assert "lm_head.weight" not in values(model)

@@ -1,0 +1,138 @@
+"""Modules whose weights vLLM brings into another form once they are loaded, and how they are loaded anew.
+
+Experts on a CPU are packed, as some kernels of a GPU want theirs; what is quantized while it is loaded is another
+tensor afterwards. With what is written then where the checkpoint's tensors went, nobody computes, until vLLM makes
+that form of it again. Its layerwise reload does so, and leaves the kernels' own memory where it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+from weight_transfer.digest import digest_tensors
+
+#: Address, shape, strides and dtype of a parameter.
+Home = tuple[int, torch.Size, tuple[int, ...], torch.dtype]
+
+
+class Loaded:
+    """A model's parameters as the checkpoint filled them, to see later which of them are so no more.
+
+    Made before the weights are loaded, when every parameter has its place in the arena; `mark` once they are.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._homes = {module: _homes(module) for module in model.modules()}
+        self._parameters = {_home(p): p.data for p in model.parameters() if p.numel()}
+        self._marks: dict[Home, int] = {}
+
+    def mark(self) -> None:
+        """What lies in the parameters' places now is the checkpoint."""
+        self._marks = self._digests()
+
+    def rewritten(self, model: nn.Module) -> Rewritten:
+        """The modules of `model` that do not compute with the places that the checkpoint went to, as it filled them."""
+        changed = {home for home, digest in self._digests().items() if digest != self._marks[home]}
+        # Another of the places is as good: a tied output layer has the embedding's.
+        whole = self._marks.keys() - changed
+        found = [
+            module
+            for module in model.modules()
+            if (before := self._homes.get(module, {})).keys() != (now := _homes(module)).keys()
+            or not whole.issuperset(now.values())
+            or any(now[name][1:] != home[1:] for name, home in before.items())
+        ]
+        spans = {home for module in found for home in self._homes.get(module, {}).values()}
+        return Rewritten(found, spans)
+
+    def _digests(self) -> dict[Home, int]:
+        return dict(zip(self._parameters, digest_tensors(list(self._parameters.values())), strict=True))
+
+
+class Rewritten:
+    """The modules of a model that are rewritten.
+
+    spans: the memory into which their tensors were loaded: its first address, the one behind it, and its dtype.
+    """
+
+    def __init__(self, modules: list[nn.Module], homes: Iterable[Home]) -> None:
+        self.modules = modules
+        self.spans = {
+            (start, start + shape.numel() * dtype.itemsize, dtype) for start, shape, _, dtype in homes
+        }
+
+    def digests(self) -> list[int]:
+        """Of each tensor that they compute with."""
+        return digest_tensors([tensor for module in self.modules for tensor in _tensors(module)])
+
+    @contextmanager
+    def loading(self, vllm_config: VllmConfig) -> Iterator[None]:
+        """Around `model.load_weights` of all their tensors. Nothing may be computed meanwhile.
+
+        What fails in between leaves each of them with its old weights, or its new ones.
+        """
+        # vLLM's functions ask for the modules alone.
+        modules: Any = SimpleNamespace(modules=lambda: iter(self.modules))
+        config = vllm_config.model_config
+        with (
+            set_current_vllm_config(vllm_config),
+            set_default_torch_dtype(cast(torch.dtype, config.dtype)),
+            _packing_anew(self.modules),
+        ):
+            try:
+                initialize_layerwise_reload(modules)
+                yield
+            except BaseException:
+                for module in self.modules:
+                    info = get_layerwise_info(module)
+                    info.loaded_weights.clear()
+                    info.load_numel = 0
+                raise
+            finally:
+                finalize_layerwise_reload(modules, config)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _packing_anew(modules: list[nn.Module]) -> Iterator[None]:
+    # On a CPU vLLM packs experts where it makes their kernel, which it does once: the second time it would leave
+    # them as they are loaded. So there is none while they are, and then the old one again.
+    kept: list[tuple[Any, Any, Any]] = []
+    for module in modules:
+        method: Any = getattr(module, "quant_method", None)
+        if isinstance(method, UnquantizedFusedMoEMethod) and _on_cpu(module):
+            kept.append((method, method.moe_kernel, method.moe_quant_config))
+            method.moe_kernel = None
+    try:
+        yield
+    finally:
+        for method, kernel, config in kept:
+            method.moe_kernel, method.moe_quant_config = kernel, config
+
+
+def _on_cpu(module: nn.Module) -> bool:
+    return all(parameter.device.type == "cpu" for parameter in module.parameters(recurse=False))
+
+
+def _home(parameter: torch.Tensor) -> Home:
+    return parameter.data_ptr(), parameter.shape, parameter.stride(), parameter.dtype
+
+
+def _homes(module: nn.Module) -> dict[str, Home]:
+    """Of the module's own parameters that have any element."""
+    return {name: _home(p) for name, p in module.named_parameters(recurse=False) if p.numel()}
+
+
+def _tensors(module: nn.Module) -> list[torch.Tensor]:
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return [tensor.detach() for tensor in own]
