@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from tests.faults import checkpoints as more
 from tests.faults import oracle, raw
 from tests.faults.oracle import EXACT, OTHER
 from tests.services import Service, inference_service
-from tests.trainers import assert_same_bits
+from tests.trainers import assert_same_bits, logged, make
 from trainer_service.client import InferenceClient
 from trainer_service.weights import PolicyWeights
 
@@ -107,12 +108,13 @@ def test_an_update_reaches_what_is_computed_with(plane: Plane, transport: int, m
 
 def test_experts_alone_may_change_and_be_engine_memory(plane: Plane) -> None:
     """No byte moves: the expert is written where it lies, and the commit has vLLM pack it."""
-    model = plane.model()
+    model = plane.model(seed=1)
     tensors = plane.tensors(model)
     name = next(n for n in tensors if n.endswith(f".experts.1.{PARTS[plane.name][2]}.weight"))
     with raw.Session(plane.stub, tensors) as session:
         session.attach()
         assert all(p.aliasable and not p.reason for p in session.answer.shared.placements)
+        session.update(tensors)  # the first update writes everything
         before = oracle.scores(plane.service)
         tensors[name].mul_(-1)  # a view of the model's
         with session.begin() as update:
@@ -166,3 +168,46 @@ def test_a_policy_of_transformers_whose_experts_are_one_parameter(plane: Plane, 
             assert_same_bits(plane.service, model)
             plane.assert_serves(model, raw.now(plane.stub).weight_version, session)
         weights.detach()
+
+
+@pytest.mark.filterwarnings("default:::(trl|transformers|accelerate|peft|torch|datasets)")
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_a_run_of_grpo(plane: Plane, tmp_path: Path, mode: str) -> None:
+    """Each step's rollouts are of the policy that the step before made."""
+    model: Any = plane.model()
+    trainer = make("grpo", plane.service, model, tmp_path, vllm_mode=mode, max_steps=3, learning_rate=0.01)
+    try:
+        before = {name: tensor.clone() for name, tensor in plane.tensors(model).items()}
+        trainer.train()
+        differences = logged(trainer, "sampling/sampling_logp_difference/max")
+        assert len(differences) == 3
+        assert max(differences) < EXACT
+        trainer.vllm_generation.sync_weights()
+        assert_same_bits(plane.service, trainer.model)
+        assert oracle.far_from(plane.service, model, torch.float32) < EXACT
+        changed = {
+            name for name, tensor in plane.tensors(model).items() if not torch.equal(tensor, before[name])
+        }
+        assert any(".experts." in name for name in changed)
+    finally:
+        trainer.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(PARTS))
+def test_an_engine_of_two_workers(name: str, tmp_path: Path) -> None:
+    """vLLM loads whole tensors, of which each worker keeps its part: they lie beside it."""
+    checkpoint = more.make(tmp_path / name, name, torch.float32)
+    engine = {"dtype": "float32", "tensor_parallel_size": 2, "distributed_executor_backend": '"mp"'}
+    with (
+        tempfile.TemporaryDirectory(prefix="tdm") as folder,
+        inference_service(checkpoint, Path(folder), **engine) as service,
+    ):
+        plane = Plane(name, service, checkpoint)
+        for transport in (raw.SHARED, raw.STREAM):
+            model = plane.model(seed=transport)
+            with raw.Session(plane.stub, plane.tensors(model), transport) as session:
+                if session.shared:
+                    session.attach()
+                plane.assert_serves(model, session.update(plane.tensors(model)), session)
+                plane.assert_serves(plane.model(), raw.restore(plane.stub), session)
