@@ -29,6 +29,7 @@ from inference_service.recorder import Recorder
 from inference_service.rewritten import Loaded, Rewritten
 from weight_transfer.arena import Arena, align
 from weight_transfer.cuda.devices import require_kernels, uuid_of
+from weight_transfer.digest import digest_tensors
 from weight_transfer.manifest import TensorSpec
 from weight_transfer.parts import PartSums
 from weight_transfer.placement import Block, Placement
@@ -215,14 +216,17 @@ def _reloading(held: HeldWeights, model: nn.Module, vllm_config: VllmConfig) -> 
     if held.rewritten is None or vllm_config.lora_config is not None:
         # Adapters are put around the modules, whose weights vLLM then finds no more.
         return HeldWeights(reason=f"{reason}, and does not load them anew where adapters are")
-    before = held.rewritten.digests()
+    tensors = held.rewritten.tensors()
+    before, kept = digest_tensors(tensors), [tensor.to("cpu", copy=True) for tensor in tensors]
     try:
         held.reload(model, vllm_config)
     except Exception as error:
         log.warning("weights cannot be loaded anew", exc_info=error)
     else:
-        if held.rewritten.digests() == before:
+        if digest_tensors(held.rewritten.tensors()) == before:
             return held
+    for tensor, value in zip(tensors, kept, strict=True):
+        tensor.copy_(value)  # it serves, and cannot be updated
     return HeldWeights(reason=f"{reason}, and does not make the same again")
 
 

@@ -72,9 +72,10 @@ class Rewritten:
             (start, start + shape.numel() * dtype.itemsize, dtype) for start, shape, _, dtype in homes
         }
 
-    def digests(self) -> list[int]:
-        """Of each tensor that they compute with."""
-        return digest_tensors([tensor for module in self.modules for tensor in _tensors(module)])
+    def tensors(self) -> list[torch.Tensor]:
+        """What they compute with."""
+        own = [(*module.parameters(recurse=False), *module.buffers(recurse=False)) for module in self.modules]
+        return [tensor.detach() for tensors in own for tensor in tensors]
 
     @contextmanager
     def loading(self, vllm_config: VllmConfig) -> Iterator[None]:
@@ -93,14 +94,14 @@ class Rewritten:
             try:
                 initialize_layerwise_reload(modules)
                 yield
+                finalize_layerwise_reload(modules, config)  # type: ignore[no-untyped-call]
             except BaseException:
                 for module in self.modules:
                     info = get_layerwise_info(module)
                     info.loaded_weights.clear()
                     info.load_numel = 0
-                raise
-            finally:
                 finalize_layerwise_reload(modules, config)  # type: ignore[no-untyped-call]
+                raise
 
 
 @contextmanager
@@ -131,8 +132,3 @@ def _home(parameter: torch.Tensor) -> Home:
 def _homes(module: nn.Module) -> dict[str, Home]:
     """Of the module's own parameters that have any element."""
     return {name: _home(p) for name, p in module.named_parameters(recurse=False) if p.numel()}
-
-
-def _tensors(module: nn.Module) -> list[torch.Tensor]:
-    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    return [tensor.detach() for tensor in own]

@@ -21,6 +21,7 @@ with warnings.catch_warnings():
     from vllm.config import VllmConfig
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
     from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
     from vllm.model_executor.model_loader.weight_utils import default_weight_loader
     from vllm.model_executor.utils import replace_parameter
 
@@ -250,15 +251,35 @@ def test_only_what_comes_out_the_same_again_is_offered(config: VllmConfig) -> No
     held = reloading(model, rewritten, config)
     assert (held.reason, held.reloaded) == ("", ["first.weight", "second.weight"])
     same(model.values(), expected(Packing, checkpoint()))
-    model, _, rewritten = load(Moody)
-    refused = reloading(model, rewritten, config)
-    assert refused.reason.endswith(
-        "rewrites this model's weights once they are loaded, and does not make the same again"
-    )
-    assert (refused.arenas, refused.placements) == ([], [])
+
+
+@pytest.mark.parametrize("bad", [Moody, Failing])
+def test_what_does_not_is_served_as_it_was_and_not_offered(config: VllmConfig, bad: type[Method]) -> None:
     model, _, rewritten = load(Packing)
-    model.second.quant_method = Failing()
-    assert reloading(model, rewritten, config).reason == refused.reason
+    model.second.quant_method = bad()
+    refused = reloading(model, rewritten, config)
+    assert refused.reason.endswith("once they are loaded, and does not make the same again")
+    assert (refused.arenas, refused.placements) == ([], [])
+    same(model.values(), expected(Packing, checkpoint()))
+
+
+@pytest.mark.parametrize("method", [Packing, Scaling])
+def test_what_fails_at_the_end_leaves_no_layer_without_weights(
+    config: VllmConfig, method: type[Method]
+) -> None:
+    """vLLM processes a layer of which not every element was loaded last of all."""
+    model, _, rewritten = load(method)
+    for layer in (model.first, model.second):
+        layer.weight.weight_loader_numel = 100
+        get_layerwise_info(layer).restore_metadata[0]["weight"].weight_loader_numel = 100
+    model.first.quant_method = Failing()
+    with pytest.raises(ArithmeticError), torch.no_grad(), rewritten.loading(config):
+        model.load_weights(checkpoint(1).items())
+    same(model.values(), expected(method, checkpoint()) | {"head.weight": checkpoint(1)["head.weight"]})
+    model.first.quant_method = method()
+    with torch.no_grad(), rewritten.loading(config):
+        model.load_weights(checkpoint(2).items())
+    same(model.values(), expected(method, checkpoint(2)))
 
 
 def test_nothing_is_offered_where_adapters_stand_around_the_modules(config: VllmConfig) -> None:
