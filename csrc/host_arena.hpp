@@ -31,8 +31,8 @@ class HostArena {
     std::size_t size() const { return size_; }
     void* address() const { return address_; }
 
-    // Gives the memory back to the system, in all processes that have it mapped: it is zero then, and comes again where
-    // it is touched. Takes tenths of a second for each GiB. Throws std::system_error.
+    // Gives the memory back to the system, in all processes that have it mapped: it is zero then, and comes
+    // again where it is touched. Takes tenths of a second for each GiB. Throws std::system_error.
     void forget() const;
 
   private:
