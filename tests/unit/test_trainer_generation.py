@@ -29,8 +29,6 @@ from trainer_service.client import Group
 from trainer_service.generation import RemoteGeneration
 from trainer_service.seeds import Call, Numbering
 
-ACCELERATOR = Accelerator(cpu=True)
-
 
 class Service:
     """What RemoteGeneration needs of a client. `answer` makes the rollouts of a group."""
@@ -87,7 +85,9 @@ def rollout(ids: list[int], version: int = 3, **fields: Any) -> pb.Rollout:
 
 
 def generation(service: Service, weights: Weights | None = None, **options: Any) -> RemoteGeneration:
-    return RemoteGeneration(None, ACCELERATOR, None, client=service, weights=weights, **options)
+    # Not one for all: arguments of a trainer, which another test makes, have its state forgotten.
+    accelerator = Accelerator(cpu=True)
+    return RemoteGeneration(None, accelerator, None, client=service, weights=weights, **options)
 
 
 def test_the_two_places_where_trl_looks_inside() -> None:
