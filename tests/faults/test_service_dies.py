@@ -92,7 +92,8 @@ def test_a_service_that_is_killed(
         assert caught.value.reason == Reason.UNREACHABLE
     else:
         assert (transport, step) == ("shared", "opened")
-        assert isinstance(caught.value, ConnectionRefusedError)
+        # Nobody listens there, or any service that started since has removed what this one left.
+        assert isinstance(caught.value, ConnectionRefusedError | FileNotFoundError)
     (session,) = sessions
     if session.connection is not None:
         session.connection.settimeout(5)
