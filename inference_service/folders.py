@@ -28,13 +28,14 @@ class Folder:
         """
         _sweep()
         unnamed = Path(tempfile.mkdtemp(prefix=".tandem-"))
+        self.path, self._lock = unnamed, -1
         try:
             self._lock = os.open(unnamed / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX)
             # It has its name once it is locked: whoever sweeps sees no other.
             self.path = unnamed.rename(unnamed.parent / _NAME.format(kind, unnamed.name.rpartition("-")[2]))
         except BaseException:
-            shutil.rmtree(unnamed, ignore_errors=True)
+            self.remove()
             raise
 
     def remove(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -223,13 +224,7 @@ def test_one_that_dies_while_it_is_introduced_holds_nobody_up(
     victim.start()
     fleet.engines[VICTIM].wait_until_serving(60)
     died = dies_before(monkeypatch, call, victim, how)
-    for _ in range(200):
-        weights.sync()
-        if died:
-            break
-        threading.Event().wait(0.05)
-    assert time.monotonic() - died[0] < NOTICED_S
-    assert weights.holding() == {address for address in fleet.addresses if address != victim.address}
+    assert_dropped(fleet, weights, weights.sync, died)
 
 
 @pytest.mark.parametrize("how", ["kill", "freeze"])
@@ -249,13 +244,20 @@ def test_one_that_dies_while_it_is_asked_what_it_holds_stays_out(
         return holds(session, *args)
 
     monkeypatch.setattr(Session, "holds", dies)
+    assert_dropped(fleet, weights, weights.catch_up, died)
+
+
+def assert_dropped(
+    fleet: Fleet, weights: ReplicatedWeights, call: Callable[[], None], died: list[float]
+) -> None:
+    """`call` goes on in time, without the victim, when it is the one in which that died."""
     for _ in range(200):
-        weights.catch_up()
+        call()
         if died:
             break
         threading.Event().wait(0.05)
     assert time.monotonic() - died[0] < NOTICED_S
-    assert weights.holding() == {address for address in fleet.addresses if address != victim.address}
+    assert weights.holding() == set(fleet.addresses) - {fleet.services[VICTIM].address}
 
 
 def dies_before(monkeypatch: pytest.MonkeyPatch, call: str, victim: WeightService, how: str) -> list[float]:
