@@ -82,8 +82,7 @@ class MappedStaging(Staging):
         return self._tensors()
 
     def release(self) -> None:
-        """Give the pages back, though both have them mapped. They come again with the next update."""
-        self.forget()
+        """The update is over. The pages that `forget` gave back come again with the next, as both have them mapped."""
         self._used = False
         if self._over:
             super().release()
