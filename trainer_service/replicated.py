@@ -299,9 +299,11 @@ class ReplicatedWeights:
                 return None
             if by_nccl and error.reason == Reason.LEASE_LOST:
                 return self._fleet.broke(member, error)
-            if not went_away(error):
+            # A commit of ours, whose answer was lost, may have been made since it was introduced.
+            overtook = error.reason == Reason.BASE_VERSION_MISMATCH and not member.holds
+            if not (went_away(error) or overtook):
                 raise
-            member.restarted = error.reason == Reason.SESSION_NOT_FOUND
+            member.restarted = overtook or error.reason == Reason.SESSION_NOT_FOUND
             member.drop(error.message)
         return None
 

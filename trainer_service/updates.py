@@ -67,6 +67,12 @@ def retryable(error: TandemError) -> bool:
     return is_gone(error) or isinstance(error, DeadlineExceeded) or error.reason == Reason.LEASE_LOST
 
 
+def overtook(error: TandemError, asked: int) -> bool:
+    """Whether the version in the way may be our own: `asked` for, 0 if none was, and made after we lost sight of it."""
+    mismatch = error.reason == Reason.BASE_VERSION_MISMATCH
+    return mismatch and asked > 0 and error.metadata.get("weight_version") == str(asked)
+
+
 def broken_off(error: TransportError) -> Aborted:
     """The error where the way to the engine broke off: the update may be tried again."""
     return Aborted(Reason.LEASE_LOST, str(error))

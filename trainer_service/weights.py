@@ -36,6 +36,7 @@ from trainer_service.updates import (
     UpdateStats,
     at_exit,
     broken_off,
+    overtook,
     patiently,
     retryable,
     taken,
@@ -320,7 +321,7 @@ class PolicyWeights:
             try:
                 return attempt()
             except TandemError as error:
-                if not left or not retryable(error):
+                if not left or not (retryable(error) or overtook(error, self._asked)):
                     raise
                 logger.warning("update failed, trying again: %s", error)
                 self._recover(error, deadline)
@@ -337,14 +338,12 @@ class PolicyWeights:
             or error.reason == Reason.SESSION_NOT_FOUND
         ):
             self._outlive_engine()
-        elif (
-            self._asked
-            and model.weight_version == self._asked
+        elif self._asked and model.weight_version == self._asked:
             # Perhaps our own commit, whose answer was lost. Its digest tells. Of parameters that are the engine's
             # memory it would tell nothing, but there nobody else can commit while this session lives.
-            and session.holds(self._asked, session.transport.digest(self._policy(session.names)))
-        ):
-            session.weight_version, self._asked = self._asked, 0
+            if session.holds(self._asked, session.transport.digest(self._policy(session.names))):
+                session.weight_version = self._asked
+            self._asked = 0
 
     def enter(self) -> None:
         """Take the lease, unless it is held. Each `enter` needs its `leave`."""

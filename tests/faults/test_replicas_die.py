@@ -23,7 +23,7 @@ from tests.fleets import (
     sync_until_all,
     wait_until_committed,
 )
-from tests.policies import digest_of
+from tests.policies import digest_of, restore
 from tests.weight_service import WeightService, network
 from trainer_service import pulse
 from trainer_service import replicated as replicated_module
@@ -107,6 +107,29 @@ def test_one_whose_commit_was_not_heard_of_is_believed_by_its_digest(
     assert len(weights.holding()) == COUNT - 1
     assert caught_up(fleet, weights)
     assert fleet.states() == [("COMMITTED", 3, digest_of(model))] * COUNT
+
+
+def test_one_whose_commit_is_made_after_it_was_introduced_anew_is_introduced_once_more(
+    fleet: Fleet, replicated: Replicated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stood still: the commit that was given up was waiting for it."""
+    model = network()
+    weights = replicated(model)
+    weights.sync()
+    join, victim = Member.join, fleet.engines[VICTIM]
+
+    def commits_late(member: Member) -> None:
+        join(member)
+        if member.client.address == victim.address:
+            monkeypatch.setattr(Member, "join", join)
+            restore(victim)
+
+    monkeypatch.setattr(Member, "join", commits_late)
+    weights.drop(weights._roster.members[VICTIM].client, "it stands still")
+    change(model)
+    sync_until_all(fleet, weights)
+    assert Member.join is join, "it was introduced as said"
+    assert fleet.states() == [("COMMITTED", weights.weight_version, digest_of(model))] * COUNT
 
 
 def test_one_that_comes_back_when_the_policy_has_moved_on_waits_for_the_next_sync(

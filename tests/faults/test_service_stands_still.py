@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from tests.faults.proxy import Proxy
-from tests.policies import WAYS, Engine, Policy, assert_same, engine, policy, service
+from tests.policies import WAYS, Engine, Policy, assert_same, engine, policy, restore, service
 from tests.weight_service import WeightService, network
+from tandem.errors import FailedPrecondition, Reason, Unavailable
 from trainer_service.client import InferenceClient
 from trainer_service.lease import Lease
 from trainer_service.session import Session
@@ -95,3 +96,57 @@ def test_a_wire_on_which_nothing_arrives_is_noticed(
         assert_same(engine, model)
         weights.detach()
         client.close()
+
+
+def looks_too_early(monkeypatch: pytest.MonkeyPatch, engine: Engine, commit: Callable[..., Any]) -> None:
+    """A service that stood still makes the commit only after its trainer, which heard no answer, has asked it."""
+    seen = [engine.get_model()]
+    real, wait = Lease.commit, InferenceClient.wait_until_serving
+
+    def unheard(lease: Lease, *args: Any, **kwargs: Any) -> Any:
+        monkeypatch.setattr(Lease, "commit", real)
+        commit(lease, *args, **kwargs)
+        raise Unavailable(Reason.UNREACHABLE, "its answer was lost")
+
+    def early(client: InferenceClient, *args: Any, **kwargs: Any) -> Any:
+        return seen.pop() if seen else wait(client, *args, **kwargs)
+
+    monkeypatch.setattr(Lease, "commit", unheard)
+    monkeypatch.setattr(InferenceClient, "wait_until_serving", early)
+
+
+@pytest.mark.parametrize(("transport", "dtype"), WAYS)
+def test_a_commit_that_is_made_after_the_service_was_asked_is_known_for_our_own(
+    engine: Engine, policy: Policy, monkeypatch: pytest.MonkeyPatch, transport: str, dtype: torch.dtype
+) -> None:
+    model = network(dtype)
+    weights = policy(model, transport)
+    weights.sync()
+    before = engine.version
+    with monkeypatch.context() as patched:
+        with weights.update(), torch.no_grad():
+            looks_too_early(patched, engine, Lease.commit)
+            for parameter in model.parameters():
+                parameter += 1
+        weights.sync()
+    assert engine.version == weights.weight_version == before + 2, "the second is ours, on top of the first"
+    assert_same(engine, model)
+
+
+def test_a_version_of_somebody_else_is_not_taken_for_the_one_that_was_asked_for(
+    engine: Engine, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = network()
+    weights = policy(model, "stream")
+    weights.sync()
+
+    def others(lease: Lease, *args: Any, **kwargs: Any) -> None:
+        lease.abort("it is lost", untouched=True)
+        restore(engine)
+
+    with monkeypatch.context() as patched, torch.no_grad():
+        next(model.parameters()).add_(1)
+        looks_too_early(patched, engine, others)
+        with pytest.raises(FailedPrecondition, match="BASE_VERSION_MISMATCH"):
+            weights.sync()
+    assert engine.version == weights.weight_version + 1
