@@ -25,6 +25,7 @@ from vllm.model_executor.model_loader.utils import initialize_model, process_wei
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from inference_service.placer import Placer
+from inference_service.quantizing import load_whole, why_not_quantizing
 from inference_service.recorder import Recorder
 from inference_service.rewritten import Loaded, Rewritten
 from weight_transfer.arena import Arena, align
@@ -103,6 +104,7 @@ class ArenaLoader(DefaultModelLoader):
         with set_default_torch_dtype(cast(torch.dtype, model_config.dtype)):
             with device, _without_memory(device):
                 model = initialize_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+                load_whole(model)
             arena = _rebind(model, device)
             loaded = Loaded(model)
             self._recorder = Recorder()
@@ -181,11 +183,9 @@ def _why_not(device: torch.device, vllm_config: VllmConfig) -> str:
             require_kernels()
         except ImportError as error:
             return str(error)
-    if vllm_config.model_config.quantization is not None:
-        return "the engine's weights are quantized"
     if vllm_config.model_config.use_mla:
         return "the engine computes with products of its weights (MLA), which an update would not renew"
-    return ""
+    return why_not_quantizing(vllm_config)
 
 
 @contextmanager

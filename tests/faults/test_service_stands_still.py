@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from tandem.errors import FailedPrecondition, Reason, Unavailable
 from tests.faults.proxy import Proxy
 from tests.policies import WAYS, Engine, Policy, assert_same, engine, policy, restore, service
 from tests.weight_service import WeightService, network
-from tandem.errors import FailedPrecondition, Reason, Unavailable
 from trainer_service.client import InferenceClient
 from trainer_service.lease import Lease
 from trainer_service.session import Session

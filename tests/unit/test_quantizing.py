@@ -1,0 +1,50 @@
+"""Which engines quantize their weights as they load them, and so can again; and which cannot be updated."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests import models
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # of what vLLM imports
+    from vllm.config import ModelConfig
+
+    from inference_service.quantizing import why_not_quantizing
+
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+
+
+def why_not(checkpoint: Path, **engine: Any) -> str:
+    config: Any = SimpleNamespace(model_config=ModelConfig(model=str(checkpoint), **engine))
+    return why_not_quantizing(config)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return models.make(tmp_path)
+
+
+def test_weights_as_they_are(checkpoint: Path) -> None:
+    assert not why_not(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["fp8_per_tensor", "fp8_per_channel", "fp8_per_block"])
+def test_what_is_quantized_as_it_is_loaded_takes_updates(checkpoint: Path, name: str) -> None:
+    assert not why_not(checkpoint, quantization=name)
+
+
+def test_a_checkpoint_that_is_quantized_takes_none(checkpoint: Path) -> None:
+    file = checkpoint / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": FP8}))
+    assert "no trainer has such tensors" in why_not(checkpoint)
+
+
+def test_what_another_way_quantizes_takes_none(checkpoint: Path) -> None:
+    assert "by torchao" in why_not(checkpoint, quantization="torchao")
