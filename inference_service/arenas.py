@@ -40,7 +40,7 @@ class EngineArenas(ABC):
 
     placements: one for each tensor. Empty, with `reason`, where the engine's weights are not in arenas: then nobody
         can update them.
-    reloads: whether some tensors reach the parameters only by vLLM's own loading.
+    reloads: whether vLLM has to make something of what was written before it computes with it.
     nccl: version of the workers' NCCL, 0 where they have none. free: bytes of the device's memory that nobody uses.
     """
 

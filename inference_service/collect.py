@@ -28,7 +28,7 @@ async def collect(engine: Engine) -> EngineArenas:
             check(placements, [handle.size for handle in handles])
         except ValueError as error:  # it serves, and cannot be updated
             return HostArenas(reason=f"the ranks don't hold the whole model: {error}")
-        reloads = any(answer["reloaded"] for answer in answers)
+        reloads = any(answer["reloads"] for answer in answers)
         if any(handle.gpu for handle in handles):
             if reason := _why_not_digested(handles, placements):
                 return HostArenas(reason=reason)

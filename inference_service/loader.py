@@ -24,6 +24,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
 from vllm.utils.torch_utils import set_default_torch_dtype
 
+from inference_service.derived import Derived, why_unknown
 from inference_service.placer import Placer
 from inference_service.quantizing import load_whole, why_not_quantizing
 from inference_service.recorder import Recorder
@@ -52,6 +53,7 @@ class HeldWeights:
     reloaded: the names of the tensors that vLLM's own loading takes from there: those in the second arena, and those
         of the modules that are rewritten.
     rewritten: those modules, if there are any.
+    derived: what attention makes of them besides.
     gpu: UUID of the GPU in whose memory the arenas are; "" for host memory.
     reason: why all of these are empty, where they are: the engine would not compute with what is written.
     """
@@ -60,9 +62,15 @@ class HeldWeights:
     placements: list[Placement] = field(default_factory=list)
     reloaded: list[str] = field(default_factory=list)
     rewritten: Rewritten | None = None
+    derived: Derived | None = None
     reason: str = ""
     gpu: str = ""
     loader: ArenaLoader | None = None
+
+    @property
+    def reloads(self) -> bool:
+        """Whether vLLM has to do something before it computes with what was written."""
+        return bool(self.reloaded or (self.derived and self.derived.copies))
 
     @cached_property
     def reading(self) -> Reading:
@@ -75,12 +83,15 @@ class HeldWeights:
         return part_sums(self.placements, self.arenas)
 
     def reload(self, model: nn.Module, vllm_config: VllmConfig) -> None:
-        """Have vLLM load the tensors that it must into the parameters. Nothing may be computed meanwhile."""
+        """Have vLLM make of what was written what it computes with. Nothing may be computed meanwhile."""
         where = {p.spec.name: p for p in self.placements}
         loading = self.rewritten.loading(vllm_config) if self.rewritten else nullcontext()
-        with torch.no_grad(), loading:
-            load: Any = model.load_weights
-            load((name, where[name].gather(self.arenas)) for name in self.reloaded)
+        if self.reloaded:
+            with torch.no_grad(), loading:
+                load: Any = model.load_weights
+                load((name, where[name].gather(self.arenas)) for name in self.reloaded)
+        if self.derived:
+            self.derived.renew(vllm_config)
 
 
 @register_model_loader(LOAD_FORMAT)
@@ -112,15 +123,24 @@ class ArenaLoader(DefaultModelLoader):
                 self.load_weights(model, model_config)
             loaded.mark()
             _keep_weights_live(model)
+            derived = Derived(model)
             process_weights_after_loading(model, model_config, device)
+            derived.find(arena)
             _use_live_weights(model)
             whole = vllm_config.parallel_config.world_size == 1
-            rewritten = loaded.rewritten(model)
-            placer = Placer(arena, model, self._recorder, whole=whole, rewritten=rewritten.spans)
+            rewritten = loaded.rewritten(model, derived.parameters)
+            placer = Placer(
+                arena,
+                model,
+                self._recorder,
+                whole=whole,
+                rewritten=rewritten.spans,
+                derived=derived.parameters,
+            )
             held = self._held(model, model_config, placer, rewritten)
             if rewritten.modules and not held.reason:
                 held = _reloading(held, model, vllm_config)
-            model.tandem = held
+            model.tandem = _renewing(held, derived, model, vllm_config)
             self._recorder = None
         return cast(nn.Module, model.eval())
 
@@ -137,7 +157,7 @@ class ArenaLoader(DefaultModelLoader):
                 copy(placement.pairs(held.arenas, tensor))
         if where:
             raise RuntimeError(f"the checkpoint has {len(where)} tensors no more, such as {min(where)}")
-        if held.reloaded:
+        if held.reloads:
             held.reload(model, vllm_config)
 
     def get_all_weights(
@@ -183,8 +203,8 @@ def _why_not(device: torch.device, vllm_config: VllmConfig) -> str:
             require_kernels()
         except ImportError as error:
             return str(error)
-    if vllm_config.model_config.use_mla:
-        return "the engine computes with products of its weights (MLA), which an update would not renew"
+    if vllm_config.model_config.use_mla and vllm_config.model_config.quantization is not None:
+        return "the engine quantizes the weights of latent attention (MLA), which was not tried with updates"
     return why_not_quantizing(vllm_config)
 
 
@@ -228,6 +248,17 @@ def _reloading(held: HeldWeights, model: nn.Module, vllm_config: VllmConfig) -> 
     for tensor, value in zip(tensors, kept, strict=True):
         tensor.copy_(value)  # it serves, and cannot be updated
     return HeldWeights(reason=f"{reason}, and does not make the same again")
+
+
+def _renewing(held: HeldWeights, derived: Derived, model: nn.Module, vllm_config: VllmConfig) -> HeldWeights:
+    """`held`, if what attention makes of the weights follows what is written to them."""
+    if held.reason:
+        return held
+    unknown = why_unknown(model) if vllm_config.model_config.use_mla else ""
+    if reason := unknown or derived.why_not(vllm_config):
+        return HeldWeights(reason=reason)
+    held.derived = derived
+    return held
 
 
 def _rebind(model: nn.Module, device: torch.device) -> Arena:

@@ -23,6 +23,7 @@ class Placer:
 
     whole: whether this process holds the whole model, not a rank's part of it.
     rewritten: start, end and dtype of parameters which the model computes with in another form now. They are in use.
+    derived: parameters that came once all was loaded.
     conflict: what makes updates impossible; "" while nothing does.
     """
 
@@ -34,14 +35,16 @@ class Placer:
         *,
         whole: bool,
         rewritten: Iterable[Span] = (),
+        derived: Iterable[nn.Parameter] = (),
     ) -> None:
+        new = set(derived)
         self.arena = arena
         self.whole = whole
         self.conflict = ""
         self._recorder = recorder
         self._owners: dict[int, str] = {}
         self._rewritten = set(rewritten)
-        now = {(p.data_ptr(), p.data_ptr() + p.nbytes, p.dtype) for p in model.parameters()}
+        now = {(p.data_ptr(), p.data_ptr() + p.nbytes, p.dtype) for p in model.parameters() if p not in new}
         self._spans = sorted(now | self._rewritten, key=lambda span: span[:2])
         self._starts = [start for start, _, _ in self._spans]
 

@@ -7,7 +7,7 @@ that form of it again. Its layerwise reload does so, and leaves the kernels' own
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, cast
@@ -41,15 +41,19 @@ class Loaded:
         """What lies in the parameters' places now is the checkpoint."""
         self._marks = self._digests()
 
-    def rewritten(self, model: nn.Module) -> Rewritten:
-        """The modules of `model` that do not compute with the places that the checkpoint went to, as it filled them."""
+    def rewritten(self, model: nn.Module, derived: Iterable[nn.Parameter] = ()) -> Rewritten:
+        """The modules of `model` that do not compute with the places that the checkpoint went to, as it filled them.
+
+        derived: parameters that came since, and are others' business.
+        """
+        new = set(derived)
         changed = {home for home, digest in self._digests().items() if digest != self._marks[home]}
         # Another of the places is as good: a tied output layer has the embedding's.
         whole = self._marks.keys() - changed
         found = [
             module
             for module in model.modules()
-            if (before := self._homes.get(module, {})).keys() != (now := _homes(module)).keys()
+            if (before := self._homes.get(module, {})).keys() != (now := _homes(module, new)).keys()
             or not whole.issuperset(now.values())
             or any(now[name][1:] != home[1:] for name, home in before.items())
         ]
@@ -129,6 +133,7 @@ def _home(parameter: torch.Tensor) -> Home:
     return parameter.data_ptr(), parameter.shape, parameter.stride(), parameter.dtype
 
 
-def _homes(module: nn.Module) -> dict[str, Home]:
+def _homes(module: nn.Module, but: Container[nn.Parameter] = ()) -> dict[str, Home]:
     """Of the module's own parameters that have any element."""
-    return {name: _home(p) for name, p in module.named_parameters(recurse=False) if p.numel()}
+    own = module.named_parameters(recurse=False)
+    return {name: _home(p) for name, p in own if p.numel() and p not in but}

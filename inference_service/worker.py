@@ -40,7 +40,7 @@ class TandemWorker:
             "rank": rank,
             "gpu": held.gpu,
             "arenas": [arena.size for arena in held.arenas],
-            "reloaded": held.reloaded,
+            "reloads": held.reloads,
             "reason": held.reason,
             "nccl": nccl.version() if held.gpu else 0,
             "free": torch.cuda.mem_get_info()[0] if held.gpu else 0,
@@ -59,7 +59,7 @@ class TandemWorker:
         }
 
     def tandem_reload(self) -> None:
-        """Have vLLM load again what it computes with in another form, from where an update left it."""
+        """Have vLLM make again what it computes with in another form, of what an update left."""
         model = self._tandem_model()
         model.tandem.reload(model, self.vllm_config)  # type: ignore[attr-defined]
 

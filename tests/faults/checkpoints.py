@@ -13,10 +13,31 @@ from tests import models
 
 _COMMON: dict[str, Any] = {"vocab_size": 259, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 #: bloom's checkpoint has q, k and v interleaved by head, which vLLM reshapes; gpt2's linears are transposed;
-#: the experts of mixtral and of qwen3_moe are packed on a CPU, the latter's padded before.
+#: the experts of mixtral and of qwen3_moe are packed on a CPU, the latter's padded before; deepseek_v2's attention is
+#: latent (MLA), of the one size that vLLM has a kernel for on a CPU.
 CONFIGS: dict[str, dict[str, Any]] = {
     "bloom": {"hidden_size": 128, "n_layer": 2, "n_head": 4},
     "gpt2": {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 512},
+    "deepseek_v2": {
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 96,
+        "kv_lora_rank": 512,
+        "qk_rope_head_dim": 64,
+        "qk_nope_head_dim": 128,
+        "v_head_dim": 128,
+        "intermediate_size": 192,
+        "moe_intermediate_size": 64,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "topk_method": "greedy",
+        "first_k_dense_replace": 1,
+    },
     "mixtral": {
         "hidden_size": 128,
         "num_hidden_layers": 1,

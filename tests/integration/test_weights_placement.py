@@ -178,7 +178,7 @@ def test_an_output_layer_of_its_own_is_placed_whatever_the_config_says(loaded: d
     assert address(one, "lm_head.weight") != address(one, "model.embed_tokens.weight")
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["deepseek_v2", "mixtral", "qwen3_moe"])
 def test_experts_lie_where_they_were_loaded_and_are_packed_from_there(
     loaded: dict[str, Loaded], name: str
 ) -> None:

@@ -337,6 +337,19 @@ def test_a_ranks_part_is_placed_where_the_rest_is_elsewhere() -> None:
     assert Placer(arena, model, recorder, whole=True).place("q", checkpoint()["q"]) is None
 
 
+def test_a_parameter_that_attention_cut_of_another_hides_no_place() -> None:
+    """Its heads' columns begin in the middle of that, and end before its end."""
+    model, arena = in_arena()
+    recorder = Recorder()
+    with recorder, torch.no_grad():
+        plain(model, recorder.watch(checkpoint().items()))
+    cut = nn.Parameter(model.qkv.data.unflatten(0, (2, 4))[:, 1:3], requires_grad=False)
+    model.register_parameter("cut", cut)
+    assert Placer(arena, model, recorder, whole=True).place("v", checkpoint()["v"]) is None
+    placer = Placer(arena, model, recorder, whole=True, derived=[cut])
+    assert all(placer.place(name, checkpoint()[name]) for name in ROWS)
+
+
 def test_a_nan_does_not_hide_a_place() -> None:
     values = checkpoint() | {"q": torch.full((4, 4), torch.nan)}
 
