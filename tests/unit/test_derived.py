@@ -301,3 +301,8 @@ def test_models_that_do_something_of_their_own_once_loaded_are_refused() -> None
     model: Any = Model()
     model.process_weights_after_loading = lambda: None
     assert why_unknown(model).startswith("Model makes something of its own")
+
+
+def test_quantized_latent_attention_is_refused() -> None:
+    config: Any = SimpleNamespace(model_config=SimpleNamespace(use_mla=True, quantization="fp8"))
+    assert "latent attention" in loader._why_not(torch.device("cpu"), config)
