@@ -23,7 +23,7 @@ from weight_transfer.digest import combine, digest_tensor
 from weight_transfer.manifest import TensorSpec
 from weight_transfer.placement import Block, Placement, contiguous_strides
 
-#: Which dimension of each tensor the workers split; None where each has all of it.
+#: Which dimension of each tensor the workers split; None where each has all of it, as of any other.
 SPLIT: dict[str, int | None] = {
     "0.weight": 0,
     "0.bias": 0,
@@ -45,7 +45,7 @@ def split_arenas(model: nn.Module) -> HostArenas:
     """Zeroed memory for `model` in bfloat16, a half of each tensor in either arena."""
     placements, offsets = [], [0, 0]
     for name, parameter in sorted(model.named_parameters()):
-        spec, axis = TensorSpec(name, "bfloat16", tuple(parameter.shape)), SPLIT[name]
+        spec, axis = TensorSpec(name, "bfloat16", tuple(parameter.shape)), SPLIT.get(name)
         strides, blocks = contiguous_strides(spec.shape), []
         for rank in range(2):
             shape = tuple(n // 2 if dim == axis else n for dim, n in enumerate(spec.shape))
@@ -64,22 +64,28 @@ def split(model: nn.Module) -> tuple[IdleEngine, EngineArenas]:
 
 
 class Rank:
-    """One of the run's ranks, as trainers make them: `sync` is TRL's call."""
+    """One of the run's ranks, as trainers make them: `sync` is TRL's call.
 
-    def __init__(self, address: str, model: nn.Module, *, cpu: bool = True) -> None:
+    transport: of the main process. Where it is shared, all ranks are ready to write together.
+    """
+
+    def __init__(
+        self, address: str, model: nn.Module, *, cpu: bool = True, transport: str = "shared"
+    ) -> None:
         self.accelerator = Accelerator(cpu=cpu)
         self.number = self.accelerator.process_index
         assert self.accelerator.num_processes == 2
         self.client, self.model = InferenceClient(address), model
         everything = partial(policy_tensors, model, EVERYTHING)
         self.gathering = Gathering(self.accelerator, lambda: model, everything)
-        self.together = Together(self.accelerator, self.gathering, lambda: model)
+        shared = transport == "shared"
+        self.together = Together(self.accelerator, self.gathering, lambda: model) if shared else None
         self.weights = None
         if self.number == 0:
             self.weights = PolicyWeights(
                 self.client,
                 lambda: model,
-                transport="shared",
+                transport=transport,
                 timeout_s=30,
                 led=self.gathering.led,
                 together=self.together,
@@ -113,5 +119,6 @@ class Rank:
     def close(self) -> None:
         if self.weights is not None:
             self.weights.detach()
-        self.together.leave()
+        if self.together is not None:
+            self.together.leave()
         self.client.close()

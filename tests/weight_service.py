@@ -12,10 +12,12 @@ import os
 import signal
 import uuid
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from inference_service.arenas import EngineArenas, HostArenas
@@ -42,6 +44,20 @@ def network(dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     """The model that the engine is of. Always with the same values."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4, bias=False)).to(dtype)
+
+
+def of_checkpoint(path: Path) -> nn.Module:
+    """A model that computes nothing, whose parameters are the tensors of a checkpoint, by its names."""
+    model = nn.Module()
+    for name, tensor in load_file(path / "model.safetensors").items():
+        *folders, last = name.split(".")
+        module = model
+        for folder in folders:
+            if folder not in module._modules:
+                module.add_module(folder, nn.Module())
+            module = module.get_submodule(folder)
+        module.register_parameter(last, nn.Parameter(tensor))
+    return model
 
 
 class IdleEngine:

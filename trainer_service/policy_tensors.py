@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from tandem.errors import FailedPrecondition, Reason
 from trainer_service.checkpoint_names import Piece, checkpoint_pieces
+from trainer_service.cuts import Cut
 from trainer_service.shards import gathered, is_sharded, whole, whole_shape
 from weight_transfer.manifest import TensorSpec
 from weight_transfer.placement import contiguous_strides
@@ -84,12 +85,7 @@ def _cut(source: SourceTensor, piece: Piece) -> SourceTensor:
     if spec.shape == source.spec.shape and piece.strides == contiguous_strides(spec.shape):
         return replace(source, spec=spec)
     # A parameter's memory is its own whole: a piece is written, and gathered with the rest of it.
-    return replace(source, spec=spec, read=partial(_read, source, piece), parameter=None, shard=None)
-
-
-def _read(source: SourceTensor, piece: Piece) -> torch.Tensor:
-    whole = source.read().contiguous()
-    return whole.as_strided(piece.shape, piece.strides, whole.storage_offset() + piece.offset)
+    return replace(source, spec=spec, read=Cut(source, piece), parameter=None, shard=None)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -211,8 +207,8 @@ def source_of(
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
     with gathered([tensor]):
-        # A copy: ZeRO-3 takes the memory back.
-        return whole(tensor).clone()
+        value = whole(tensor)
+        return value.clone() if hasattr(tensor, "ds_id") else value  # ZeRO-3 takes the memory back
 
 
 def clean(name: str) -> str:

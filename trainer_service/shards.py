@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from accelerate.utils import broadcast  # type: ignore[import-untyped]
 from torch import nn
 from torch.distributed.tensor import Shard
 
-from trainer_service.ranks import OutOfStepError, Ranks
+from trainer_service.cuts import Reader
+from trainer_service.ranks import OutOfStepError, Ranks, told
 from weight_transfer.transports import SourceTensor
 
 _END = -1
@@ -94,6 +96,7 @@ class Gathering:
         self._model = model
         self._policy = policy
         self._places: dict[str, int] = {}
+        self._reader = Reader(self._announce)
         self._orders: Mapping[int, Callable[[], object]] = {}
         self._ranks: Ranks | None = None
         self.leads = False  # this is the main process, and the others follow
@@ -126,6 +129,7 @@ class Gathering:
             in_step = False
             raise
         finally:
+            self._reader.forget()
             self._places, self.leads = {}, False
             if in_step:
                 self._tell(_END)
@@ -135,18 +139,14 @@ class Gathering:
         self._tell(number)
 
     def led(self, policy: list[SourceTensor]) -> list[SourceTensor]:
-        """`policy`, of which each read is told to the other ranks, while the main process leads."""
+        """`policy`, of which what must be gathered is told to the other ranks, while the main process leads.
+
+        Pieces of one parameter that are read one after the other are of one gathering, which is held until then. A
+        read raises OutOfStepError where it fails: others may be waiting in it.
+        """
         if not self._places:
             return policy
-
-        def read(source: SourceTensor) -> torch.Tensor:
-            self._tell(self._places[source.name])
-            return source.read()
-
-        return [
-            replace(source, read=lambda source=source: read(source), parameter=None)  # type: ignore[misc]
-            for source in policy
-        ]
+        return [replace(source, read=partial(self._read, source), parameter=None) for source in policy]
 
     def follow(self) -> Exception | None:
         """Take part in what the main process reads and orders, until it leads no more.
@@ -179,10 +179,19 @@ class Gathering:
         else:
             self._ranks.meet()
 
+    def _read(self, source: SourceTensor) -> torch.Tensor:
+        try:
+            return self._reader.read(source)
+        except Exception as error:
+            raise OutOfStepError(f"{source.name} could not be gathered: {told(error).decode()}") from error
+
+    def _announce(self, source: SourceTensor) -> None:
+        self._tell(self._places[source.name])
+
     def _tell(self, place: int) -> int:
         """What the main process says."""
         if self._ranks is not None:
             said = self._ranks.tell(place.to_bytes(8, "little", signed=True))
             return int.from_bytes(said, "little", signed=True)
-        told = torch.tensor(place, dtype=torch.int64, device=self._accelerator.device)
-        return int(broadcast(told, from_process=0).item())
+        number = torch.tensor(place, dtype=torch.int64, device=self._accelerator.device)
+        return int(broadcast(number, from_process=0).item())

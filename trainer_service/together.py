@@ -16,6 +16,7 @@ from torch import nn
 
 from tandem.errors import FailedPrecondition, Reason
 from tandem.weights.v1 import weights_pb2 as pb
+from trainer_service.cuts import Reader
 from trainer_service.listing import Listing
 from trainer_service.ranks import ORDER_S, OutOfStepError, Ranks, raise_for, told
 from trainer_service.session import handshake_of, identity_of, manifest_of
@@ -152,10 +153,10 @@ class Together:
                 failed.append(raised)
 
         write(here)
-        spread = self._gathering.spread()
+        spread, reader = self._gathering.spread(), Reader()
         for source in missing:
             try:
-                value = source.read().detach()
+                value = reader.read(source).detach()
             except Exception as raised:
                 failed.append(raised)
                 if spread:
@@ -166,6 +167,7 @@ class Together:
             else:
                 # One by one: no more fresh memory is held than a tensor's.
                 write({source.name: (value, 0)})
+                del value
         try:
             shared.part.synchronize()
         except Exception as raised:  # noqa: BLE001
@@ -212,7 +214,10 @@ class _Shared:
         """What every rank writes its blocks from, since it has that; and what is gathered or merged, in one order."""
         sources = {source.name: source for source in policy}
         here = {name: value for name in self.names if (value := self._here(sources[name])) is not None}
-        return here, [sources[name] for name in self.names if name not in here]
+        # In the policy's order, in which pieces of one parameter follow each other.
+        return here, [
+            source for source in policy if source.name in self._placements and source.name not in here
+        ]
 
     def _here(self, source: SourceTensor) -> Value | None:
         if source.parameter is not None:

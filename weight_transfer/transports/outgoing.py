@@ -180,12 +180,15 @@ class Buckets(Outgoing):
     ) -> list[int]:
         parts = [finish(0, 0)] * len(self._manifest)
         events: list[Any] = []
-        for k, (spans, places) in enumerate(zip(self._spans, self._places, strict=True)):
+        order = {i: k for k, i in enumerate(policy)}  # pieces of one parameter follow each other in it
+        for k, (spans, unordered) in enumerate(zip(self._spans, self._places, strict=True)):
             if k >= 2:
                 communicator.wait(events[k - 2])
+            places = sorted(unordered, key=lambda place: order[place[0]])
             items = [(place, policy[i].read().detach()) for i, place in places]
             for (i, _), digest in zip(places, write(items, [self._buckets[k % 2]]), strict=True):
                 parts[i] = digest
+            del items  # no more fresh memory is held than a window's
             events.append(communicator.broadcast(spans, TRAINER, alive, communicator.mark()))
         told(parts)
         for event in events[-2:]:
