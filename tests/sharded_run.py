@@ -1,7 +1,8 @@
-"""One rank of runs of two: python -m tests.sharded_run ADDRESS CHECKPOINT REFERENCE FOLDER HOW
+"""One rank of runs of two: python -m tests.sharded_run ADDRESS CHECKPOINT REFERENCE FOLDER HOW [LAYER]
 
 HOW is ddp, or fsdp2 or zero3, where the policy is spread over both. Trains every algorithm for two steps, and compares
-the engine's bits with the policy's, gathered.
+the engine's bits with the policy's, gathered. With LAYER, the class of the model's layers where it is no Llama, that is
+GRPO alone.
 """
 
 from __future__ import annotations
@@ -123,8 +124,10 @@ def assert_same_on_both(trainer: Any) -> None:
     assert torch.equal(first, second)
 
 
-def main(address: str, checkpoint: str, reference: str, folder: str, how: str) -> None:
+def main(address: str, checkpoint: str, reference: str, folder: str, how: str, layer: str = "") -> None:
     on_the_cpu(how)
+    if layer:
+        SHARDING["fsdp2"]["fsdp_config"]["transformer_layer_cls_to_wrap"] = [layer]
     lora = LoraConfig(r=4, target_modules=["q_proj"])
     runs: list[tuple[str, str, dict[str, Any]]] = [
         # First, while the engine's weights are the checkpoint's.
@@ -136,6 +139,8 @@ def main(address: str, checkpoint: str, reference: str, folder: str, how: str) -
         ("xpo", "server", {}),
         ("grpo", "server", {"peft_config": lora}),
     ]
+    if layer:
+        runs = [("grpo", "colocate", {}), ("grpo", "server", {})]
     for number, (kind, mode, values) in enumerate(runs):
         paths = [Path(checkpoint), Path(reference)]
         into = Path(folder, str(number))

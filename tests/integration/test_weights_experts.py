@@ -16,6 +16,7 @@ from tandem.errors import DataLoss
 from tests.faults import checkpoints as more
 from tests.faults import oracle, raw
 from tests.faults.oracle import EXACT, OTHER
+from tests.ranks import ON_CPU, ROOT, succeeded, two_ranks
 from tests.services import Service, inference_service
 from tests.trainers import assert_same_bits, logged, make
 from trainer_service.client import InferenceClient
@@ -191,6 +192,26 @@ def test_a_run_of_grpo(plane: Plane, tmp_path: Path, mode: str) -> None:
         assert any(".experts." in name for name in changed)
     finally:
         trainer.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["fsdp2", "zero3"])
+def test_grpo_over_two_ranks(plane: Plane, tmp_path: Path, how: str) -> None:
+    """Each has a part of all experts. The assertions are in tests/sharded_run.py: bits, and logprobs."""
+    layer = {"mixtral": "MixtralDecoderLayer", "qwen3_moe": "Qwen3MoeDecoderLayer"}[plane.name]
+    paths = (plane.checkpoint, plane.checkpoint, tmp_path)
+    deepspeed = {"PYTHONPATH": f"{ROOT}:{ROOT}/.venv/deepspeed"}
+    with two_ranks(
+        "-m",
+        "tests.sharded_run",
+        plane.service.address,
+        *paths,
+        how,
+        layer,
+        **(ON_CPU if how != "zero3" else deepspeed),
+    ) as ranks:
+        for output in succeeded(ranks, 300):
+            assert output.count("RAN grpo") == 2
 
 
 @pytest.mark.slow
