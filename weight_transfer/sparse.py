@@ -99,11 +99,11 @@ def unpack(packed: Packed, numel: int, itemsize: int, max_bytes: int) -> Changes
     raw = _decompressed(packed.data, size) if packed.compressed else packed.data
     if len(raw) != size:
         raise ValueError(f"it has {len(raw)} bytes, where {packed.count} elements have {size}")
-    between = _joined(raw[:gaps], packed.gap_bytes).view(_GAPS[packed.gap_bytes]).astype(np.int64)
+    between = _joined(raw[:gaps], packed.gap_bytes).view(_GAPS[packed.gap_bytes])
     indices = np.empty(packed.count, np.int64)
     indices[0] = packed.first
-    np.cumsum(between + 1, out=indices[1:])
-    indices[1:] += packed.first
+    np.add(between, 1, out=indices[1:], dtype=np.int64)
+    np.cumsum(indices, out=indices)
     if indices[-1] >= numel:
         raise ValueError(f"the tensor has {numel} elements, not {indices[-1] + 1}")
     values = torch.from_numpy(_joined(raw[gaps:], itemsize)).view(_BITS[itemsize])
@@ -124,9 +124,16 @@ def _decompressed(data: bytes, size: int) -> bytes:
 
 def _planes(array: _Array) -> bytes:
     """The array's lowest bytes, then the next, …: alike ones together, which packs better."""
-    return array.view(np.uint8).reshape(-1, array.dtype.itemsize).T.tobytes()
+    bytewise = array.view(np.uint8).reshape(-1, array.dtype.itemsize)
+    planes = np.empty(bytewise.shape[::-1], np.uint8)
+    for k, plane in enumerate(planes):  # one by one: numpy's copy of the transpose takes ten times as long
+        plane[:] = bytewise[:, k]
+    return planes.tobytes()
 
 
 def _joined(planes: bytes, itemsize: int) -> _Array:
     """Bytes of the array of which these are the planes."""
-    return np.frombuffer(planes, np.uint8).reshape(itemsize, -1).T.copy().reshape(-1)
+    bytewise = np.empty((len(planes) // itemsize, itemsize), np.uint8)
+    for k, plane in enumerate(np.frombuffer(planes, np.uint8).reshape(itemsize, -1)):
+        bytewise[:, k] = plane
+    return bytewise.reshape(-1)

@@ -59,8 +59,8 @@ class Unpacking:
 
 
 class SparseStaged(Incoming):
-    """The elements themselves are what is staged. What they replace is kept until the update ends, and put back where
-    it fails.
+    """The elements themselves are what is staged. What they replace is kept from the check to the update's end, and put
+    back where it fails.
 
     Needs memory for the elements, their places and what was there, and for one tensor at a time while it digests.
     """
@@ -72,7 +72,7 @@ class SparseStaged(Incoming):
         self._unpacking = Unpacking(self._manifest)
         self._whole: dict[int, torch.Tensor] = {}
         self._changes: dict[int, list[Changes]] = {}
-        self._before: dict[int, torch.Tensor] = {}  # of the whole ones, and the bits of elements
+        self._before: dict[int, torch.Tensor] = {}  # the whole ones, and the bits of elements
 
     def chunk(self, tensor: int, offset: int, data: bytes) -> None:
         spec = next_piece(self._manifest, self._received, tensor, offset, len(data))
@@ -95,10 +95,11 @@ class SparseStaged(Incoming):
         compare(digest, await asyncio.to_thread(self._digest))
 
     async def install(self) -> None:
-        await asyncio.to_thread(self._write)
+        new = {i: changes.values for i, (changes,) in self._changes.items()}
+        await asyncio.to_thread(self._place, self._whole | new)
 
     async def undo(self) -> bool:
-        await asyncio.to_thread(self._put_back)
+        await asyncio.to_thread(self._place, self._before)
         return True
 
     def release(self) -> None:
@@ -106,7 +107,7 @@ class SparseStaged(Incoming):
             held.clear()
 
     def _digest(self) -> int:
-        """Of the whole policy as it will be."""
+        """Of the whole policy as it will be. Keeps what that replaces, while generation still goes on."""
         placements, arenas = self._arenas.placements, self._arenas.arenas
         parts = [0] * len(self._manifest)
         same = [i for i in range(len(parts)) if i not in self._whole and i not in self._changes]
@@ -119,6 +120,7 @@ class SparseStaged(Incoming):
             parts[i] = digest_tensor(placements[i].gather(arenas))
         for i, value in self._whole.items():
             parts[i] = digest_tensor(value)
+            self._before[i] = placements[i].gather(arenas).clone()
         # One piece of memory for all: the system takes longer to give it than it takes to read the tensor.
         largest = max((self._manifest.tensors[i].nbytes for i in self._changes), default=0)
         room = torch.empty(largest, dtype=torch.uint8)
@@ -126,33 +128,18 @@ class SparseStaged(Incoming):
             spec = self._manifest.tensors[i]
             value = room[: spec.nbytes].view(getattr(torch, spec.dtype)).view(spec.shape)
             value.copy_(placements[i].gather(arenas))
+            self._before[i] = bits(value).index_select(0, changes.indices)
             bits(value).scatter_(0, changes.indices, changes.values)
             parts[i] = digest_tensor(value)
         return combine(parts)
 
-    def _write(self) -> None:
+    def _place(self, values: dict[int, torch.Tensor]) -> None:
+        """Write what is given of each tensor: all of it where it came whole, else the elements that came."""
         placements, arenas = self._arenas.placements, self._arenas.arenas
-        before: dict[int, torch.Tensor] = {}
-        for i in self._whole:
-            before[i] = placements[i].gather(arenas).clone()
+        copy([pair for i in self._whole for pair in placements[i].pairs(arenas, values[i])])
         for i, (changes,) in self._changes.items():
-            before[i] = bits(placements[i].gather(arenas)).index_select(0, changes.indices)
-        self._before = before  # all of it: nothing was written yet
-        self._place(self._whole, {i: changes.values for i, (changes,) in self._changes.items()})
-
-    def _put_back(self) -> None:
-        self._place(
-            {i: self._before[i] for i in self._whole if self._before},
-            {i: self._before[i] for i in self._changes if self._before},
-        )
-
-    def _place(self, whole: dict[int, torch.Tensor], elements: dict[int, torch.Tensor]) -> None:
-        placements, arenas = self._arenas.placements, self._arenas.arenas
-        copy([pair for i, value in whole.items() for pair in placements[i].pairs(arenas, value)])
-        for i, values in elements.items():
-            (changes,) = self._changes[i]
             value = placements[i].gather(arenas)
-            bits(value).scatter_(0, changes.indices, values)
+            bits(value).scatter_(0, changes.indices, values[i])
             if placements[i].alias_reason(placements[i].spec.dtype):  # that was a copy
                 copy(placements[i].pairs(arenas, value))
 
