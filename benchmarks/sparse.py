@@ -2,7 +2,7 @@
 
 python -m benchmarks.sparse [--out FILE]
 
-Trainer and weight service are two processes; the engine computes nothing, so that only the update is measured.
+Trainer and weight services are processes of their own; the engines compute nothing, so that only updates are measured.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ import argparse
 import asyncio
 import json
 import multiprocessing
-import statistics
 import tempfile
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,13 @@ from torch import nn
 from benchmarks.measure import provenance
 from tests.weight_service import serve
 from trainer_service.client import InferenceClient
+from trainer_service.updates import UpdateStats
 from trainer_service.weights import PolicyWeights
 from weight_transfer.sparse import Changes, bits, pack
 from weight_transfer.transports import sparse
 
 TENSORS, SIDE = 8, 2048
-SHARES = (0.0, 0.001, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
+SHARES = (0.0, 0.001, 0.01, 0.02, 0.05, 0.075, 0.1, 0.125, 0.15, 0.2, 0.3, 0.5, 0.7)
 ROUNDS = 7
 
 
@@ -55,37 +55,62 @@ def _serve(address: str) -> None:
     asyncio.run(serve(address, 60.0, network, 1 << 20))
 
 
-def updates(address: str) -> dict[str, Any]:
-    model, generator = network(), torch.Generator().manual_seed(1)
-    client = InferenceClient(address)
-    client.wait_until_serving(60)
+class Way:
+    """One way to update an engine of its own, and what its updates took."""
+
+    def __init__(self, address: str, *, sparse: bool) -> None:
+        self._model, self._generator = network(), torch.Generator().manual_seed(1)
+        self._client = InferenceClient(address)
+        self._client.wait_until_serving(60)
+        self._weights = PolicyWeights(self._client, lambda: self._model, transport="stream", sparse=sparse)
+        self._weights.sync()
+
+    def sync(self, share: float, most: float) -> UpdateStats:
+        """Change a share of the policy, and update. A tensor of which more than `most` changed travels whole."""
+        change(self._model, share, self._generator)
+        sparse.BREAK_EVEN = most
+        self._weights.sync()
+        return self._weights.history[-1]
+
+    def close(self) -> None:
+        self._weights.detach()
+        self._client.close()
+
+
+def updates(addresses: Sequence[str]) -> dict[str, Any]:
+    """The least of some rounds: what else the machine does adds to all. By turns: sent whole and nothing kept, changes
+    whatever their share, and found to be too many, so that all goes whole."""
+    whole, kept = (Way(a, sparse=keeps) for a, keeps in zip(addresses, (False, True), strict=True))
+    turns = {"whole": (whole, 1.0), "changes": (kept, 1.0), "fell_back": (kept, -1.0)}
     found: dict[str, Any] = {}
-    ways = {"whole": None, **{f"{share:g}": share for share in SHARES}}
-    weights = {
-        name: PolicyWeights(client, lambda: model, transport="stream", sparse=name != "whole")
-        for name in ways
-    }
-    # Whatever the share, changes travel as such: where the two curves cross is what is looked for.
-    sparse.BREAK_EVEN = 1.0
-    for name, share in ways.items():
-        one = weights[name]
-        seconds = []
-        for _ in range(ROUNDS + 2):
-            change(model, 0.01 if share is None else share, generator)
-            began = time.perf_counter()
-            one.sync()
-            seconds.append(time.perf_counter() - began)
-        stats = one.history[-1]
-        timed = [1e3 * s for s in seconds[2:]]
-        found[name] = {
-            "ms": round(statistics.median(timed), 1),
-            "bytes": stats.nbytes,
-            "stopped_ms": round(1e3 * statistics.median(u.stopped for u in list(one.history)[2:]), 2),
+    for share in SHARES:
+        took: dict[str, list[UpdateStats]] = {name: [] for name in turns}
+        for _ in range(ROUNDS + 1):
+            for name, (way, most) in turns.items():
+                took[name].append(way.sync(share, most))
+        found[f"{share:g}"] = {
+            name: {
+                "ms": round(1e3 * min(u.seconds for u in each[1:]), 1),
+                "stopped_ms": round(1e3 * min(u.stopped for u in each[1:]), 2),
+                "bytes": each[-1].nbytes,
+            }
+            for name, each in took.items()
         }
-        print(name, found[name], flush=True)
-        one.detach()
-    client.close()
+        print(f"{share:g}", *found[f"{share:g}"].items(), flush=True)
+    whole.close()
+    kept.close()
     return found
+
+
+def crossing(found: dict[str, Any], other: str, figure: str) -> float | None:
+    """The share from which on changes take more than the `other` way, between two that were measured; None for none."""
+    shares = [float(share) for share in found]
+    over = [one["changes"][figure] / one[other][figure] - 1 for one in found.values()]
+    last = max((i for i, more in enumerate(over) if more < 0), default=None)
+    if last is None or last + 1 == len(over):
+        return None
+    low, high = over[last : last + 2]
+    return round(shares[last] - low * (shares[last + 1] - shares[last]) / (high - low), 3)
 
 
 def compressors() -> dict[str, Any]:
@@ -141,14 +166,23 @@ def main() -> None:
         "compressors": compressors(),
     }
     with tempfile.TemporaryDirectory(prefix="tdm") as folder:
-        address = f"unix://{folder}/s"
-        service = multiprocessing.get_context("spawn").Process(target=_serve, args=(address,))
-        service.start()
+        addresses = [f"unix://{folder}/{k}" for k in range(2)]
+        spawn = multiprocessing.get_context("spawn")
+        services = [spawn.Process(target=_serve, args=(address,)) for address in addresses]
+        for service in services:
+            service.start()
         try:
-            results["updates"] = updates(address)
+            results["updates"] = found = updates(addresses)
         finally:
-            service.kill()
-            service.join(10)
+            for service in services:
+                service.kill()
+                service.join(10)
+    results["break_even"] = {
+        f"{figure} beside {other}": crossing(found, other, figure)
+        for other in ("whole", "fell_back")
+        for figure in ("ms", "stopped_ms", "bytes")
+    }
+    print(results["break_even"], flush=True)
     arguments.out.write_text(json.dumps(results, indent=2) + "\n")
 
 
