@@ -92,6 +92,19 @@ async def test_a_commit_that_fails_while_it_installs(name: str, call: str) -> No
         assert plane.engine.calls.count("tandem_reload") == 2, "what vLLM alone can place was put back too"
 
 
+async def test_tensors_that_came_whole_among_changes_are_put_back_too() -> None:
+    plane = Plane(reloads=True)
+    update, new = await plane.begin("sparse staged"), random_bits(2)
+    for i, value in enumerate(new[:2]):
+        update.chunk(i, 0, value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    for packed in plane.packed(new):
+        if packed.tensor > 1:
+            update.changes(packed)
+    fails_once(plane.engine, "tandem_reload")
+    assert await reason(update.commit(digest_of(new))) == Reason.INTERRUPTED
+    plane.check(C, 1, plane.values)
+
+
 def fails_once(engine: Engine, call: str) -> None:
     error = Unavailable(Reason.INTERRUPTED, "once")
     if call == "count":
