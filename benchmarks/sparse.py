@@ -110,7 +110,8 @@ def crossing(found: dict[str, Any], other: str, figure: str) -> float | None:
     if last is None or last + 1 == len(over):
         return None
     low, high = over[last : last + 2]
-    return round(shares[last] - low * (shares[last + 1] - shares[last]) / (high - low), 3)
+    step: float = shares[last + 1] - shares[last]
+    return float(round(shares[last] - low * step / (high - low), 3))
 
 
 def compressors() -> dict[str, Any]:

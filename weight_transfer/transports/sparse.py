@@ -12,10 +12,8 @@ from weight_transfer.sparse import Changes, bits, changed, pack
 from weight_transfer.transports.base import Moved, Piece, SourceTensor
 from weight_transfer.transports.stream import StreamTransport
 
-#: A tensor of which more than this share of the elements changed travels whole: from there on finding, packing and
-#: placing them costs more time than sending all over a Unix socket, the fastest way that a stream has.
-#: docs/weight-plane.md has the measurement.
-BREAK_EVEN = 0.1
+#: A tensor of which more than this share changed travels whole: over a Unix socket that is quicker then, as measured.
+BREAK_EVEN = 0.15
 
 
 class SparseTransport(StreamTransport):
