@@ -212,12 +212,14 @@ def _why_not(device: torch.device, vllm_config: VllmConfig) -> str:
 def _without_memory(device: torch.device) -> Iterator[None]:
     """Have new parameters in host memory that nothing touches, so that there never are two copies on the device.
 
-    Their values are none yet: vLLM makes them empty, and checks that the checkpoint fills each.
+    Their values are none yet: vLLM makes them empty, and checks that the checkpoint fills each. But a scale that the
+    checkpoint may lack, which is a single number, says so by its value.
     """
 
     def move(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if parameter is not None and parameter.device.type == device.type:
-            parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+            host = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+            parameter.data = host if parameter.ndim else parameter.data.to("cpu")
 
     if device.type == "cpu":  # there such memory costs nothing
         yield
@@ -271,7 +273,10 @@ def _rebind(model: nn.Module, device: torch.device) -> Arena:
     arena = Arena.create("tandem-weights", max(size, 1), device)
     for name, parameter in parameters.items():
         # `.data`, not a new Parameter: tied modules share the Parameter object, and the loaders hang on it.
-        parameter.data = arena.tensor(offsets[name], parameter.shape, parameter.dtype)
+        place = arena.tensor(offsets[name], parameter.shape, parameter.dtype)
+        if not parameter.ndim:  # what says that the checkpoint has none
+            place.copy_(parameter.data)
+        parameter.data = place
     return arena
 
 

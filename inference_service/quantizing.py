@@ -23,10 +23,14 @@ def why_not_quantizing(vllm_config: VllmConfig) -> str:
     config: Any = vllm_config.model_config
     if config.quantization is None:
         return ""
-    if any(getattr(config.hf_config, name, None) for name in ("quantization_config", "compression_config")):
+    # Of a model with several parts, that of its language model's counts too.
+    if config.model_arch_config.quantization_config is not None:
         return "the checkpoint's weights are quantized: no trainer has such tensors"
     if config.quantization not in _ONLINE:
         return f"the engine's weights are quantized by {config.quantization}, and cannot be so again"
+    if vllm_config.lora_config is not None:
+        # Known before anything is loaded: the arena would only keep the memory that quantizing saves.
+        return "the engine's weights are quantized, and are not so again where adapters are"
     return ""
 
 

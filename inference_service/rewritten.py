@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -93,7 +94,7 @@ class Rewritten:
         with (
             set_current_vllm_config(vllm_config),
             set_default_torch_dtype(cast(torch.dtype, config.dtype)),
-            _packing_anew(self.modules),
+            _keeping_kernels(self.modules),
         ):
             try:
                 initialize_layerwise_reload(modules)
@@ -109,20 +110,39 @@ class Rewritten:
 
 
 @contextmanager
-def _packing_anew(modules: list[nn.Module]) -> Iterator[None]:
+def _keeping_kernels(modules: list[nn.Module]) -> Iterator[None]:
+    # vLLM makes the kernel of experts anew, and it reads their scales in memory of the reload's. Graphs read them
+    # where the first one does, which is where the reload leaves the new values: so that one is put back.
     # On a CPU vLLM packs experts where it makes their kernel, which it does once: the second time it would leave
     # them as they are loaded. So there is none while they are, and then the old one again.
     kept: list[tuple[Any, Any, Any]] = []
     for module in modules:
         method: Any = getattr(module, "quant_method", None)
-        if isinstance(method, UnquantizedFusedMoEMethod) and _on_cpu(module):
+        packs = isinstance(method, UnquantizedFusedMoEMethod) and _on_cpu(module)
+        if packs or _reads_own(getattr(method, "moe_quant_config", None), module):
             kept.append((method, method.moe_kernel, method.moe_quant_config))
+        if packs:
             method.moe_kernel = None
     try:
         yield
     finally:
         for method, kernel, config in kept:
             method.moe_kernel, method.moe_quant_config = kernel, config
+
+
+def _reads_own(config: Any, module: nn.Module) -> bool:
+    """Whether a kernel's configuration has tensors, and all are the module's own."""
+    own = {t.data_ptr() for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))}
+    found = {tensor.data_ptr() for tensor in _tensors(config)}
+    return bool(found) and found <= own
+
+
+def _tensors(config: Any) -> Iterator[torch.Tensor]:
+    if isinstance(config, torch.Tensor):
+        yield config
+    elif is_dataclass(config):
+        for field in fields(config):
+            yield from _tensors(getattr(config, field.name))
 
 
 def _on_cpu(module: nn.Module) -> bool:

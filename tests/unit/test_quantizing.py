@@ -22,7 +22,10 @@ FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
 
 
 def why_not(checkpoint: Path, **engine: Any) -> str:
-    config: Any = SimpleNamespace(model_config=ModelConfig(model=str(checkpoint), **engine))
+    adapters = engine.pop("adapters", None)
+    config: Any = SimpleNamespace(
+        model_config=ModelConfig(model=str(checkpoint), **engine), lora_config=adapters
+    )
     return why_not_quantizing(config)
 
 
@@ -44,6 +47,20 @@ def test_a_checkpoint_that_is_quantized_takes_none(checkpoint: Path) -> None:
     file = checkpoint / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": FP8}))
     assert "no trainer has such tensors" in why_not(checkpoint)
+
+
+def test_nor_does_one_whose_language_model_is(tmp_path: Path) -> None:
+    checkpoint = models.make_seeing(tmp_path)
+    file = checkpoint / "config.json"
+    config = json.loads(file.read_text())
+    config["text_config"] |= {"quantization_config": FP8}
+    file.write_text(json.dumps(config))
+    assert "no trainer has such tensors" in why_not(checkpoint)
+
+
+def test_one_that_takes_adapters_takes_none(checkpoint: Path) -> None:
+    assert "where adapters are" in why_not(checkpoint, quantization="fp8_per_channel", adapters=object())
+    assert not why_not(checkpoint, adapters=object())
 
 
 def test_what_another_way_quantizes_takes_none(checkpoint: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -72,6 +73,23 @@ class Adding(Method):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         layer.scale = nn.Parameter(layer.weight.abs().max()[None], requires_grad=False)
+
+
+@dataclass
+class Reads:
+    """As a kernel of experts is told where their scales are."""
+
+    scale: torch.Tensor
+
+
+class Reading(Adding):
+    """As `Adding`, with a kernel that reads the scale."""
+
+    moe_kernel: Any = None
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        super().process_weights_after_loading(layer)
+        self.moe_kernel, self.moe_quant_config = object(), Reads(layer.scale)
 
 
 class Moody(Method):
@@ -191,6 +209,25 @@ def test_loading_anew_makes_the_same_of_other_weights_where_the_first_were(
             model.load_weights((n, t) for n, t in tensors.items() if not n.startswith("head"))
         same(model.values(), expected(method, tensors | {"head.weight": head}))
         assert {name: p.data_ptr() for name, p in model.named_parameters()} == homes
+
+
+def test_a_kernel_goes_on_reading_where_graphs_read(config: VllmConfig) -> None:
+    model, _, rewritten = load(Reading)
+    method: Any = model.first.quant_method
+    kernel, scale = method.moe_kernel, model.first.scale
+    with torch.no_grad(), rewritten.loading(config):
+        model.load_weights(checkpoint(1).items())
+    assert method.moe_kernel is kernel
+    assert method.moe_quant_config.scale is model.first.scale is scale
+    assert torch.equal(scale, checkpoint(1)["first.weight"].abs().max()[None])
+
+
+def test_a_scale_that_the_checkpoint_lacks_still_says_so() -> None:
+    model = Model(Method)
+    model.first.scale = nn.Parameter(torch.tensor(-1.0), requires_grad=False)
+    arena = loader._rebind(model, torch.device("cpu"))
+    assert model.first.scale.item() == -1
+    assert arena.address <= model.first.scale.data_ptr() < arena.address + arena.size
 
 
 def test_what_breaks_off_leaves_whole_layers_and_is_healed(config: VllmConfig) -> None:
