@@ -239,13 +239,13 @@ def _reloading(held: HeldWeights, model: nn.Module, vllm_config: VllmConfig) -> 
         # Adapters are put around the modules, whose weights vLLM then finds no more.
         return HeldWeights(reason=f"{reason}, and does not load them anew where adapters are")
     tensors = held.rewritten.tensors()
-    before, kept = digest_tensors(tensors), [tensor.to("cpu", copy=True) for tensor in tensors]
+    before, kept = _digests(tensors), [tensor.to("cpu", copy=True) for tensor in tensors]
     try:
         held.reload(model, vllm_config)
     except Exception as error:
         log.warning("weights cannot be loaded anew", exc_info=error)
     else:
-        if digest_tensors(held.rewritten.tensors()) == before:
+        if _digests(held.rewritten.tensors()) == before:
             return held
     for tensor, value in zip(tensors, kept, strict=True):
         tensor.copy_(value)  # it serves, and cannot be updated
@@ -261,6 +261,11 @@ def _renewing(held: HeldWeights, derived: Derived, model: nn.Module, vllm_config
         return HeldWeights(reason=reason)
     held.derived = derived
     return held
+
+
+def _digests(tensors: list[torch.Tensor]) -> list[int]:
+    # One by one: of transposed weights, as kernels have them, a copy is made, and some may have a number on the host.
+    return [digest_tensors([tensor])[0] for tensor in tensors]
 
 
 def _rebind(model: nn.Module, device: torch.device) -> Arena:
