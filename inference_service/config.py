@@ -61,6 +61,11 @@ class InferenceSettings(ServiceSettings):
     lease_timeout_s: float = Field(
         2.0, ge=0.2, le=60, description="A trainer silent for this long in an open update has lost it."
     )
+    take_updates: bool = Field(
+        True,
+        description="Whether trainers may bring new weights. An engine that takes none has its weights once, also "
+        "where experts or quantized layers would have a second form.",
+    )
     update_mode: Literal["auto", "staged", "in_place"] = Field(
         "auto",
         description="Where updates go whose trainer does not say: staged beside the live weights, which takes as much "

@@ -39,10 +39,16 @@ class Engine(Pausing, Tokenizing):
 
     @classmethod
     async def start(
-        cls, model: str, arguments: dict[str, Any], timeout_s: float = 60.0, *, reference: str = ""
+        cls,
+        model: str,
+        arguments: dict[str, Any],
+        timeout_s: float = 60.0,
+        *,
+        reference: str = "",
+        fixed: bool = False,
     ) -> Engine:
-        """Load `model` with vLLM's engine `arguments`, and the `reference` model. Raises as `launch` does."""
-        return cls(await launch(model, arguments, reference), timeout_s)
+        """Load `model` with vLLM's engine `arguments`, and the `reference` model. As `launch`, and raises so."""
+        return cls(await launch(model, arguments, reference, fixed=fixed), timeout_s)
 
     def stop_listening(self) -> None:
         """Take no more outputs: vLLM's handler would report the end of the engine's processes as an error."""

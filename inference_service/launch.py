@@ -27,6 +27,8 @@ _MIXTURE = "inference_service.mixture:Mixture"
 #: Where SamplingParams.extra_args has a mixture's coefficient, and VllmConfig.additional_config the reference's folder.
 COEFFICIENT = "tandem_mixture_coef"
 REFERENCE = "tandem_reference_model"
+#: Where VllmConfig.additional_config says that the weights stay as they are loaded.
+FIXED = "tandem_fixed"
 LOAD_FORMAT = "tandem"
 
 #: Arguments that Tandem must have its way with.
@@ -65,9 +67,12 @@ class Launched:
     stats: EngineStats
 
 
-async def launch(model: str, arguments: dict[str, Any], reference: str = "") -> Launched:
+async def launch(
+    model: str, arguments: dict[str, Any], reference: str = "", *, fixed: bool = False
+) -> Launched:
     """Load `model` with vLLM's engine `arguments`, and the `reference` model for mixtures if there shall be one.
 
+    If it is to be `fixed`, its weights take no updates, and lie as vLLM itself has them.
     If the caller is cancelled, the start goes on without it.
 
     Raises:
@@ -88,7 +93,7 @@ async def launch(model: str, arguments: dict[str, Any], reference: str = "") -> 
     def run() -> None:
         result: Launched | Exception
         try:
-            result = _launch(model, arguments, reference)
+            result = _launch(model, arguments, reference, fixed)
         except Exception as error:  # noqa: BLE001  # handed over
             result = error
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
@@ -99,13 +104,15 @@ async def launch(model: str, arguments: dict[str, Any], reference: str = "") -> 
     return await launched
 
 
-def _launch(model: str, arguments: dict[str, Any], reference: str) -> Launched:
+def _launch(model: str, arguments: dict[str, Any], reference: str, fixed: bool) -> Launched:
     for name in OWN_ARGUMENTS:
         if name in arguments:
             raise invalid(f"engine.{name}", "the service sets this argument itself")
     path = _checked(model)
     if reference:
         arguments = _with_reference(arguments, _checked(reference, "reference_model"))
+    if fixed:
+        arguments = _with_config(arguments, FIXED, True)
     orphans.adopt()
     import vllm
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -136,10 +143,12 @@ def _launch(model: str, arguments: dict[str, Any], reference: str) -> Launched:
 def _with_reference(arguments: dict[str, Any], reference: str) -> dict[str, Any]:
     if arguments.get("tensor_parallel_size", 1) != 1 or arguments.get("pipeline_parallel_size", 1) != 1:
         raise invalid("reference_model", "only in an engine of one worker")
-    return arguments | {
-        "logits_processors": [*(arguments.get("logits_processors") or ()), _MIXTURE],
-        "additional_config": (arguments.get("additional_config") or {}) | {REFERENCE: reference},
-    }
+    processors = [*(arguments.get("logits_processors") or ()), _MIXTURE]
+    return _with_config(arguments, REFERENCE, reference) | {"logits_processors": processors}
+
+
+def _with_config(arguments: dict[str, Any], name: str, value: object) -> dict[str, Any]:
+    return arguments | {"additional_config": (arguments.get("additional_config") or {}) | {name: value}}
 
 
 def _checked(model: str, field: str = "model") -> str:

@@ -25,6 +25,7 @@ from vllm.model_executor.model_loader.utils import initialize_model, process_wei
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from inference_service.derived import Derived, why_unknown
+from inference_service.launch import FIXED
 from inference_service.placer import Placer
 from inference_service.quantizing import load_whole, why_not_quantizing
 from inference_service.recorder import Recorder
@@ -196,6 +197,8 @@ class ArenaLoader(DefaultModelLoader):
 
 
 def _why_not(device: torch.device, vllm_config: VllmConfig) -> str:
+    if cast(dict[str, Any], vllm_config.additional_config or {}).get(FIXED):
+        return "the service was started with take_updates off"
     if device.type not in ("cpu", "cuda"):
         return f"the engine's weights are on {device.type}, whose memory is not shared"
     if device.type == "cuda":

@@ -89,6 +89,7 @@ async def _load(settings: InferenceSettings, host: Host, serving: Serving) -> as
         settings.engine,
         settings.engine_timeout_s,
         reference=settings.reference_model or "",
+        fixed=not settings.take_updates,
     )
     try:
         arenas = await collect(engine)

@@ -33,9 +33,7 @@ class Member:
         self.client = client
         self.holds = 0  # the version that we brought it last and that it is known to have; 0 if none
         self.lost = ""  # why it takes no part in the update that is open
-        self.restarted = (
-            False  # it was lost because it did not know its session, or had another version since
-        )
+        self.restarted = False  # it was lost because it did not know its session, or had another version
         self.stopped = 0.0  # seconds for which its generation stood still
         self._opened = opened
         self._session: Session | None = None

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from tandem.errors import DataLoss
+from tandem.errors import DataLoss, FailedPrecondition, Reason
 from tests import models
 from tests.faults import oracle, raw
 from tests.services import ENGINE, ENVIRONMENT, Service, inference_service
@@ -162,6 +162,18 @@ def test_a_trainer_in_float32(plane: Plane, transport: str) -> None:
         plane.assert_serves(1, weights.weight_version)
         assert_same_bits(plane.service, model)
         weights.detach()
+
+
+def test_an_engine_that_takes_no_updates_has_its_weights_once(plane: Plane) -> None:
+    flag, engine = "--no-take-updates", {"quantization": QUANTIZATION}
+    with (
+        tempfile.TemporaryDirectory(prefix="tdm") as folder,
+        inference_service(plane.checkpoint, Path(folder), flag, **engine) as service,
+    ):
+        assert oracle.difference(oracle.scores(service), plane.loaded[0]) == 0
+        with pytest.raises(FailedPrecondition, match="take_updates") as raised:
+            raw.Session(service.weights, plane.tensors(plane.model()), raw.STREAM)
+        assert raised.value.reason == Reason.TRANSPORT_UNAVAILABLE
 
 
 @pytest.mark.slow

@@ -304,5 +304,6 @@ def test_models_that_do_something_of_their_own_once_loaded_are_refused() -> None
 
 
 def test_quantized_latent_attention_is_refused() -> None:
-    config: Any = SimpleNamespace(model_config=SimpleNamespace(use_mla=True, quantization="fp8"))
+    model = SimpleNamespace(use_mla=True, quantization="fp8")
+    config: Any = SimpleNamespace(model_config=model, additional_config={})
     assert "latent attention" in loader._why_not(torch.device("cpu"), config)
