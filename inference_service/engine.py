@@ -111,7 +111,7 @@ class Engine(Pausing, Tokenizing):
 
     async def _wake_up(self) -> None:
         if self.asleep:
-            await self._call_workers("wake_up")
+            await self._call_workers("tandem_wake_up")
             self.asleep = False
         if _SLEEP in self._pausers:
             await self._release(_SLEEP)

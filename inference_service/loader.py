@@ -27,7 +27,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from inference_service.derived import Derived, why_unknown
 from inference_service.launch import FIXED
 from inference_service.placer import Placer
-from inference_service.quantizing import load_whole, why_not_quantizing
+from inference_service.quantizing import load_whole, why_not_experts, why_not_quantizing
 from inference_service.recorder import Recorder
 from inference_service.rewritten import Loaded, Rewritten
 from weight_transfer.arena import Arena, align
@@ -56,6 +56,8 @@ class HeldWeights:
     rewritten: those modules, if there are any.
     derived: what attention makes of them besides.
     gpu: UUID of the GPU in whose memory the arenas are; "" for host memory.
+    asleep: whether vLLM's own memory may not be on the device. The arenas always are.
+    stale: whether what vLLM made of the weights is to be made anew, since they were written.
     reason: why all of these are empty, where they are: the engine would not compute with what is written.
     """
 
@@ -67,6 +69,8 @@ class HeldWeights:
     reason: str = ""
     gpu: str = ""
     loader: ArenaLoader | None = None
+    asleep: bool = False
+    stale: bool = False
 
     @property
     def reloads(self) -> bool:
@@ -84,7 +88,22 @@ class HeldWeights:
         return part_sums(self.placements, self.arenas)
 
     def reload(self, model: nn.Module, vllm_config: VllmConfig) -> None:
-        """Have vLLM make of what was written what it computes with. Nothing may be computed meanwhile."""
+        """Have vLLM make of what was written what it computes with. Nothing may be computed meanwhile.
+
+        Of a worker that sleeps, what vLLM made has no memory on the device: then `wake` does it.
+        """
+        self.stale = True
+        if not self.asleep:
+            self._reload(model, vllm_config)
+            self.stale = False
+
+    def wake(self, model: nn.Module, vllm_config: VllmConfig) -> None:
+        """The device has all of the worker's memory again."""
+        self.asleep = False
+        if self.stale:
+            self.reload(model, vllm_config)
+
+    def _reload(self, model: nn.Module, vllm_config: VllmConfig) -> None:
         where = {p.spec.name: p for p in self.placements}
         loading = self.rewritten.loading(vllm_config) if self.rewritten else nullcontext()
         if self.reloaded:
@@ -241,6 +260,8 @@ def _reloading(held: HeldWeights, model: nn.Module, vllm_config: VllmConfig) -> 
     if held.rewritten is None or vllm_config.lora_config is not None:
         # Adapters are put around the modules, whose weights vLLM then finds no more.
         return HeldWeights(reason=f"{reason}, and does not load them anew where adapters are")
+    if why_not := why_not_experts(held.rewritten.modules):
+        return HeldWeights(reason=why_not)
     tensors = held.rewritten.tensors()
     before, kept = _digests(tensors), [tensor.to("cpu", copy=True) for tensor in tensors]
     try:

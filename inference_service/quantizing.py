@@ -6,16 +6,25 @@ vLLM makes that anew from it at each commit, as with every module that it rewrit
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.config.quantization import ONLINE_QUANT_SHORTHAND_NAMES
+from vllm.model_executor.layers.quantization.online.fp8 import (
+    Fp8PerBlockOnlineMoEMethod,
+    Fp8PerTensorOnlineMoEMethod,
+    Fp8PtpcOnlineMoEMethod,
+)
+from vllm.model_executor.layers.quantization.online.moe_base import OnlineMoEMethodBase
 from vllm.model_executor.model_loader.reload.layerwise import _get_original_loader, get_layerwise_info
 from vllm.model_executor.model_loader.reload.meta import materialize_layer
 
 #: Of a checkpoint that is not quantized itself. vLLM 0.26 says fp8 for fp8_per_tensor as well.
 _ONLINE = (*ONLINE_QUANT_SHORTHAND_NAMES, "fp8")
+
+_FP8_EXPERTS = (Fp8PerTensorOnlineMoEMethod, Fp8PerBlockOnlineMoEMethod, Fp8PtpcOnlineMoEMethod)
 
 
 def why_not_quantizing(vllm_config: VllmConfig) -> str:
@@ -31,6 +40,18 @@ def why_not_quantizing(vllm_config: VllmConfig) -> str:
     if vllm_config.lora_config is not None:
         # Known before anything is loaded: the arena would only keep the memory that quantizing saves.
         return "the engine's weights are quantized, and are not so again where adapters are"
+    return ""
+
+
+def why_not_experts(modules: Iterable[nn.Module]) -> str:
+    """Why experts among these modules cannot be quantized again; "" if they can.
+
+    fp8's kernels read their scales where vLLM puts the new ones. Others keep tensors that they made of the first.
+    """
+    for module in modules:
+        method = getattr(module, "quant_method", None)
+        if isinstance(method, OnlineMoEMethodBase) and not isinstance(method, _FP8_EXPERTS):
+            return "the engine's experts are quantized to something else than fp8, and cannot be so again"
     return ""
 
 

@@ -155,8 +155,16 @@ class TandemWorker:
     def tandem_sleep(self) -> int:
         """Free the KV cache, and what is kept of work that is over. Answers with the bytes."""
         before = torch.cuda.mem_get_info()[0]
+        self._tandem_model().tandem.asleep = True
         self.sleep(1)  # type: ignore[attr-defined]
         return max(0, torch.cuda.mem_get_info()[0] - before)  # others may have taken some
+
+    def tandem_wake_up(self) -> None:
+        """Rebuild what `tandem_sleep` freed, and make of the weights what could not be made meanwhile."""
+        model = self._tandem_model()
+        if model.tandem.asleep:
+            self.wake_up()  # type: ignore[attr-defined]
+        model.tandem.wake(model, self.vllm_config)  # type: ignore[attr-defined]
 
     def tandem_settle(self) -> None:
         """Wait for every kernel of this process."""

@@ -38,6 +38,7 @@ def made(
         "enforce_eager": "false",
         "compilation_config": '{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1]}',
         "quantization": request.param,
+        "enable_sleep_mode": "true",
     }
     with tempfile.TemporaryDirectory(prefix="tdm") as folder:
         with inference_service(checkpoint, Path(folder), wait=False, **engine) as service:
@@ -96,4 +97,36 @@ def test_an_update_is_quantized_as_the_checkpoint_was(made: tuple[Service, Path]
     for again in (found[1], found[3], found[4]):
         assert float((again - loaded).abs().max()) < SAME
     assert float((found[0] - found[2]).abs().max()) < SAME
+    assert float((found[0] - loaded).abs().max()) > oracle.OTHER
+
+
+@pytest.mark.parametrize("transport", ["shared", "stream"])
+def test_what_is_written_while_it_sleeps_is_quantized_as_it_wakes(
+    made: tuple[Service, Path], transport: str
+) -> None:
+    service, checkpoint = made
+    model, other = oracle.model_of(checkpoint).cuda(), oracle.model_of(checkpoint)
+    oracle.perturb(other, 1)
+    loaded, found = scores(service), []
+    with closing(InferenceClient(service.address)) as client:
+        weights = PolicyWeights(client, lambda: model, transport=transport)
+        weights.sync()
+        with weights.update():
+            become(model, other)
+        weights.sync()
+        found.append(scores(service))
+        weights.detach()
+        raw.restore(service.weights)
+        client.sleep()
+        weights.sync()
+        client.wake_up()
+        assert_graphs_agree(service)
+        found.append(scores(service))
+        client.sleep()
+        raw.restore(service.weights)
+        client.wake_up()
+        found.append(scores(service))
+        weights.detach()
+    assert float((found[1] - found[0]).abs().max()) < SAME
+    assert float((found[2] - loaded).abs().max()) < SAME
     assert float((found[0] - loaded).abs().max()) > oracle.OTHER

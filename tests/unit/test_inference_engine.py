@@ -50,7 +50,7 @@ async def test_sleep_and_wake_up_go_on_when_their_caller_leaves(core: Core, engi
         workers.go_on.set()
         await asyncio.wait(engine._ending, timeout=1)
         assert engine.asleep is engine.paused is told[-1] is asleep
-    assert workers.called == ["tandem_sleep", "wake_up"]
+    assert workers.called == ["tandem_sleep", "tandem_wake_up"]
     assert len(told) == 2
 
 

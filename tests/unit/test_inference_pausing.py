@@ -270,7 +270,7 @@ async def test_who_else_holds_generation_keeps_it_over_a_sleep(core: Core, engin
     assert (called, engine.asleep, core.told) == (["tandem_sleep"], True, ["wait", "paused"])
     await engine.pause("update")
     await engine.wake_up()
-    assert (called, engine.asleep) == (["tandem_sleep", "wake_up"], False)
+    assert (called, engine.asleep) == (["tandem_sleep", "tandem_wake_up"], False)
     assert "resume" not in core.told
     await engine.resume("update")
     assert core.told[-1] == "resume"

@@ -9,14 +9,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch import nn
 
 from tests import models
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # of what vLLM imports
     from vllm.config import ModelConfig
+    from vllm.model_executor.layers.quantization.online.fp8 import Fp8PtpcOnlineMoEMethod
+    from vllm.model_executor.layers.quantization.online.int8 import Int8OnlineMoEMethod
 
-    from inference_service.quantizing import why_not_quantizing
+    from inference_service.quantizing import why_not_experts, why_not_quantizing
 
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
 
@@ -65,3 +68,12 @@ def test_one_that_takes_adapters_takes_none(checkpoint: Path) -> None:
 
 def test_what_another_way_quantizes_takes_none(checkpoint: Path) -> None:
     assert "by torchao" in why_not(checkpoint, quantization="torchao")
+
+
+@pytest.mark.parametrize(
+    ("method", "refused"), [(Fp8PtpcOnlineMoEMethod, False), (Int8OnlineMoEMethod, True)]
+)
+def test_experts_whose_kernels_keep_what_they_made_of_scales_take_none(method: type, refused: bool) -> None:
+    module: Any = nn.Module()
+    module.quant_method = method.__new__(method)  # what makes one wants a device's kernels
+    assert bool(why_not_experts([nn.Module(), module])) is refused

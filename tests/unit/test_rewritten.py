@@ -29,6 +29,7 @@ with warnings.catch_warnings():
     from inference_service import loader
     from inference_service.loader import HeldWeights
     from inference_service.rewritten import Loaded, Rewritten
+    from inference_service.worker import TandemWorker
 
 Tensors = dict[str, torch.Tensor]
 SHAPES = {"first.weight": (4, 6), "second.weight": (6, 4), "head.weight": (4, 6)}
@@ -323,3 +324,48 @@ def test_nothing_is_offered_where_adapters_stand_around_the_modules(config: Vllm
     model, _, rewritten = load(Packing)
     beside: Any = SimpleNamespace(lora_config=object(), model_config=config.model_config)
     assert reloading(model, rewritten, beside).reason.endswith("does not load them anew where adapters are")
+
+
+class Sleeper(TandemWorker):
+    """A worker's part that sleeps: what vLLM made of the weights is away meanwhile."""
+
+    def __init__(self, model: nn.Module, config: VllmConfig) -> None:
+        self.model, self.vllm_config = model, config
+        self.away: list[torch.Tensor] = []
+
+    def get_model(self) -> nn.Module:
+        return self.model
+
+    def sleep(self, level: int) -> None:
+        assert level == 1
+        for tensor in self.model.tandem.rewritten.tensors():
+            self.away.append(tensor.clone())
+            tensor.fill_(float("nan"))
+
+    def wake_up(self) -> None:
+        for tensor, value in zip(self.model.tandem.rewritten.tensors(), self.away, strict=True):
+            tensor.copy_(value)
+        self.away = []
+
+
+def test_what_is_written_while_the_worker_sleeps_is_made_anew_as_it_wakes(
+    config: VllmConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model: Any
+    model, _, rewritten = load(Packing)
+    model.tandem = held = reloading(model, rewritten, config)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (5, 9))
+    worker = Sleeper(model, config)
+    assert worker.tandem_sleep() == 0
+    for placement, tensor in zip(held.placements, checkpoint(1).values(), strict=True):
+        placement.view(held.arenas).copy_(tensor)
+    worker.tandem_reload()
+    assert all(tensor.isnan().all() for tensor in rewritten.tensors()), "nothing is written that is away"
+    good, model.second.quant_method = model.second.quant_method, Failing()
+    with pytest.raises(ArithmeticError):
+        worker.tandem_wake_up()
+    model.second.quant_method = good
+    worker.tandem_wake_up()  # it woke before, and is still owed
+    same(model.values(), expected(Packing, checkpoint(1)) | {"head.weight": model.head.weight})
+    worker.tandem_wake_up()
+    same(model.values(), expected(Packing, checkpoint(1)) | {"head.weight": model.head.weight})
