@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "decoder_sparse_step": 2,  # the first layer has no experts
     },
 }
+
+
+def unfused(state: Mapping[str, torch.Tensor], gate: str, up: str, down: str) -> dict[str, torch.Tensor]:
+    """What a model's state is in its checkpoint: each expert's projections, cut by hand out of what is fused."""
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        prefix, _, last = name.rpartition(".")
+        if last == "gate_up_proj":
+            for i, (first, second) in enumerate(both.chunk(2) for both in tensor):
+                found |= {f"{prefix}.{i}.{gate}.weight": first, f"{prefix}.{i}.{up}.weight": second}
+        elif last == "down_proj":
+            found |= {f"{prefix}.{i}.{down}.weight": one for i, one in enumerate(tensor)}
+        else:
+            found[name] = tensor
+    return found
 
 
 def make(path: Path, architecture: str, dtype: torch.dtype = torch.bfloat16) -> Path:

@@ -51,6 +51,13 @@ def perturb(model: nn.Module, seed: int) -> None:
 
 
 @torch.no_grad()
+def become(model: nn.Module, other: nn.Module) -> None:
+    """Write `other`'s parameters over the model's, wherever these are."""
+    for mine, wanted in zip(model.parameters(), other.parameters(), strict=True):
+        mine.copy_(wanted)
+
+
+@torch.no_grad()
 def logprobs(model: nn.Module, ids: Sequence[int], dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """Of each token after the first, in float32, as the model in the engine's dtype gives them."""
     logits = model.to(dtype)(torch.tensor([ids])).logits[0].float()

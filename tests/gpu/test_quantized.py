@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from tandem.inference.v1 import inference_pb2 as pb
 from tests import models
@@ -46,12 +45,6 @@ def made(
             yield service, checkpoint
 
 
-def become(model: nn.Module, other: nn.Module) -> None:
-    with torch.no_grad():
-        for mine, wanted in zip(model.parameters(), other.parameters(), strict=True):
-            mine.copy_(wanted)
-
-
 def scores(service: Service) -> torch.Tensor:
     """Of one sequence, which is computed at once and without a graph."""
     return oracle.scores(service, [PROMPT])[0]
@@ -86,7 +79,7 @@ def test_an_update_is_quantized_as_the_checkpoint_was(made: tuple[Service, Path]
         for _ in range(2):
             for policy in (other, original):
                 with weights.update():
-                    become(model, policy)
+                    oracle.become(model, policy)
                 weights.sync()
                 assert_graphs_agree(service)
                 found.append(scores(service))
@@ -112,7 +105,7 @@ def test_what_is_written_while_it_sleeps_is_quantized_as_it_wakes(
         weights = PolicyWeights(client, lambda: model, transport=transport)
         weights.sync()
         with weights.update():
-            become(model, other)
+            oracle.become(model, other)
         weights.sync()
         found.append(scores(service))
         weights.detach()

@@ -39,21 +39,11 @@ class Plane:
         return model
 
     def tensors(self, model: nn.Module) -> raw.Tensors:
-        """The policy as its checkpoint has it, cut by hand out of what transformers holds."""
-        found: raw.Tensors = {}
-        gate, up, down = PARTS[self.name]
-        for name, tensor in model.state_dict().items():
-            if self.name == "mixtral":
-                name = name.replace(".mlp.", ".block_sparse_moe.")
-            prefix, _, last = name.rpartition(".")
-            if last == "gate_up_proj":
-                for i, (first, second) in enumerate(both.chunk(2) for both in tensor):
-                    found |= {f"{prefix}.{i}.{gate}.weight": first, f"{prefix}.{i}.{up}.weight": second}
-            elif last == "down_proj":
-                found |= {f"{prefix}.{i}.{down}.weight": one for i, one in enumerate(tensor)}
-            else:
-                found[name] = tensor
-        return found
+        """The policy as its checkpoint has it."""
+        state = model.state_dict()
+        if self.name == "mixtral":
+            state = {name.replace(".mlp.", ".block_sparse_moe."): tensor for name, tensor in state.items()}
+        return more.unfused(state, *PARTS[self.name])
 
     def assert_serves(self, model: nn.Module, version: int, session: raw.Session) -> None:
         """The same bits, and what transformers computes with them."""

@@ -40,17 +40,7 @@ class Plane:
 
     def tensors(self, model: nn.Module) -> raw.Tensors:
         """The policy as its checkpoint has it."""
-        found: raw.Tensors = {}
-        for name, tensor in model.state_dict().items():
-            prefix, _, last = name.rpartition(".")
-            if last == "gate_up_proj":
-                for i, (gate, up) in enumerate(both.chunk(2) for both in tensor):
-                    found |= {f"{prefix}.{i}.gate_proj.weight": gate, f"{prefix}.{i}.up_proj.weight": up}
-            elif last == "down_proj":
-                found |= {f"{prefix}.{i}.down_proj.weight": one for i, one in enumerate(tensor)}
-            else:
-                found[name] = tensor
-        return found
+        return more.unfused(model.state_dict(), "gate_proj", "up_proj", "down_proj")
 
     def assert_serves(self, model: nn.Module, version: int, session: raw.Session) -> None:
         """The same bits, and what transformers computes with them, of prompts and of what is sampled after them."""
