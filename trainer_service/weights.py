@@ -306,6 +306,7 @@ class PolicyWeights:
             version, stopped = lease.commit(moved.digest, meanwhile=session.transport.mark)
         except TandemError as error:
             self._asked = self._number if retryable(error) else 0
+            session.transport.leave()
             raise
         session.weight_version, self._held, self._as_committed = version, moved.digest, True
         self._dirty = False

@@ -80,6 +80,4 @@ class Proxy:
         await self._cut()
         self._passing.set()
         others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        await asyncio.gather(*others, return_exceptions=True)  # each sees that its connections have ended

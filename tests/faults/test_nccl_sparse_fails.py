@@ -97,7 +97,7 @@ def test_a_new_communicator_begins_with_everything(client: InferenceClient, trai
     model, weights = trainer(mode)
     weights.sync()
     change(model, 0.01, 1)
-    weights._session.transport._leave()
+    weights._session.transport.leave()
     weights.sync()
     assert weights.history[-1].changed is None
     assert holds(client, weights)

@@ -207,7 +207,7 @@ def stop(*_):
     print(where, flush=True)
     time.sleep(600)
 if where == "joining":
-    weights._session.transport._leave()
+    weights._session.transport.leave()
     nccl._core.Communicator = stop
 if where == "ahead":
     transport = weights._session.transport

@@ -142,6 +142,10 @@ class WeightTransport(ABC):
         """Have the next `move` bring everything: the engine may hold something else than was moved last."""
         return
 
+    def leave(self) -> None:
+        """Have the next update meet the engine's side anew: it may have gone away from this one's."""
+        return
+
     def invitation(self) -> bytes:
         """What the next update's begin must carry, so that the engine can `join`; b"" where there is no need.
 

@@ -128,12 +128,12 @@ class NcclTransport(WeightTransport):
         try:
             self._outgoing.start(self._communicator, self._alive)
         except nccl.NcclError as error:
-            self._leave()
+            self.leave()
             raise TransportError(f"NCCL: {error}") from error
 
     def withdraw(self) -> None:
         if self._ahead:  # it would wait on this GPU for ever
-            self._leave()
+            self.leave()
 
     def mark(self) -> None:
         self._unsettled = False
@@ -142,9 +142,17 @@ class NcclTransport(WeightTransport):
 
     def forget(self) -> None:
         if self._unsettled:
-            self._leave()
+            self.leave()
         elif self._outgoing is not None:
             self._outgoing.forget()
+
+    def leave(self) -> None:
+        communicator, self._communicator = self._communicator, None
+        self._connected = self._ahead = False
+        if self._outgoing is not None:
+            self._outgoing.forget()
+        if communicator is not None:
+            communicator.abort()
 
     def move(
         self, policy: Sequence[SourceTensor], send: Callable[[Piece], None], *, digest: bool = False
@@ -160,16 +168,16 @@ class NcclTransport(WeightTransport):
                 by_index, communicator, self._alive, lambda parts: send(Sum(digests.combine(parts)))
             )
         except nccl.NcclError as error:
-            self._leave()
+            self.leave()
             raise TransportError(f"NCCL: {error}") from error
         except BaseException:  # what is on its way would wait on this GPU for ever
-            self._leave()
+            self.leave()
             raise
         self._connected = True
         return Moved(outgoing.nbytes, digests.combine(parts), outgoing.changed)
 
     def close(self) -> None:
-        self._leave()
+        self.leave()
         outgoing, self._outgoing = self._outgoing, None
         if outgoing is not None:
             outgoing.close()
@@ -178,11 +186,3 @@ class NcclTransport(WeightTransport):
         if not mirrored(self._manifest, policy):
             return Buckets(self.layout)
         return SparseMirror(self.layout) if self._sparse else Mirror(self.layout)
-
-    def _leave(self) -> None:
-        communicator, self._communicator = self._communicator, None
-        self._connected = self._ahead = False
-        if self._outgoing is not None:
-            self._outgoing.forget()
-        if communicator is not None:
-            communicator.abort()

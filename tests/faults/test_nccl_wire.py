@@ -1,0 +1,107 @@
+"""The wire of a trainer that brings its updates by NCCL: cut, dead or slow, in the middle of one, without a GPU.
+
+What NCCL carries does not take this wire: it may all be there when the messages are not.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tandem.weights.v1 import weights_pb2 as pb
+from tests import host_nccl
+from tests.faults.proxy import Proxy
+from tests.host_nccl import write
+from tests.over_nccl import BUSY, LEASE_S, MODES, holds, now, serving, trainers
+from tests.weight_service import WeightService
+from trainer_service.client import InferenceClient
+from trainer_service.lease import Lease
+
+#: Seconds until both sides know.
+NOTICED_S = LEASE_S + 2
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[WeightService]:
+    with serving(tmp_path) as service:
+        yield service
+
+
+@pytest.fixture
+def beside(service: WeightService) -> Iterator[InferenceClient]:
+    """A client with a wire of its own, which sees what the service says meanwhile."""
+    with closing(InferenceClient(service.address)) as client, host_nccl.instead_of_nccl():
+        client.wait_until_serving(20)
+        yield client
+
+
+@MODES
+@pytest.mark.parametrize("how", ["cut", "dead"])
+def test_a_wire_that_breaks_leaves_the_old_version_or_nothing(
+    service: WeightService,
+    beside: InferenceClient,
+    socket_folder: Path,
+    mode: str,
+    how: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """When all is on its way, and the commit is not. It is tried again over a wire that works."""
+    broke: list[float] = []
+    found: list[tuple[int, int]] = []
+    send = Lease.send
+    with (
+        Proxy(f"{socket_folder}/front.sock", service.address.removeprefix("unix://")) as wire,
+        closing(InferenceClient(wire.address)) as client,
+        trainers(client) as make,
+    ):
+        model, weights = make(mode)
+        weights.sync()
+        before, recover = now(beside).weight_version, weights._recover
+
+        def breaks(lease: Lease, piece: Any) -> None:
+            if not broke:
+                wire.cut() if how == "cut" else wire.swallow()
+                broke.append(time.monotonic())
+            send(lease, piece)
+
+        def recovers(*arguments: Any) -> None:
+            assert time.monotonic() - broke[0] < NOTICED_S
+            while (after := now(beside)).state in BUSY:
+                assert time.monotonic() - broke[0] < NOTICED_S
+                time.sleep(0.02)
+            found.append((after.weight_version, after.state))
+            wire.carry_on()
+            recover(*arguments)
+
+        monkeypatch.setattr(weights, "_recover", recovers)
+        monkeypatch.setattr(Lease, "send", breaks)
+        write(model, 3)
+        weights.sync()
+        torn = mode == "in_place"
+        state = pb.WEIGHT_STATE_TORN if torn else pb.WEIGHT_STATE_COMMITTED
+        assert found == [(before, state)]
+        assert holds(beside, weights)
+
+
+@MODES
+def test_a_slow_wire_is_only_slow(
+    service: WeightService, beside: InferenceClient, socket_folder: Path, mode: str
+) -> None:
+    back = service.address.removeprefix("unix://")
+    with (
+        Proxy(f"{socket_folder}/slow.sock", back, delay_s=0.1) as wire,
+        closing(InferenceClient(wire.address)) as client,
+        trainers(client) as make,
+    ):
+        model, weights = make(mode)
+        for seed in range(3):
+            write(model, seed)
+            weights.sync()
+            assert holds(beside, weights)
+        versions = [update.weight_version for update in weights.history]
+        assert versions == [2, 3, 4], "none was tried twice"
