@@ -59,10 +59,8 @@ class Derived:
                 if tensor is not before.get(name) and tensor.numel():
                     self.made.append(Made(layer, holder, name, tensor))
         self._before.clear()
-        elsewhere = [made for made in self.made if not _lies_in(made.tensor, arena)]
-        # Scales that no checkpoint has are new too, and are 1: by themselves they are no reason to renew anything.
-        if any(made.tensor.numel() > 1 for made in elsewhere):
-            self.copies = elsewhere
+        # Scales of the key-value cache, which are single numbers, are new too where no checkpoint has them.
+        self.copies = [made for made in self.made if made.tensor.ndim and not _lies_in(made.tensor, arena)]
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -80,6 +78,7 @@ class Derived:
     @contextmanager
     def _in_their_places(self, layer: nn.Module) -> Iterator[None]:
         weight, mine = _projection(layer), [made for made in self.copies if made.layer is layer]
+        scales = [(holder, *_scales(holder)) for holder in _holders(layer)]
         try:
             yield
             for made in mine:
@@ -89,6 +88,10 @@ class Derived:
             _put_back(layer, weight)
             for made in mine:
                 setattr(made.holder, made.name, made.tensor)
+            for holder, numbers, tensors in scales:
+                vars(holder).update(numbers)
+                for name, (tensor, value) in tensors.items():
+                    setattr(holder, name, tensor.copy_(value))
 
     def why_not(self, vllm_config: VllmConfig) -> str:
         """Why an update could not renew all of them; "" if it can.
@@ -140,6 +143,13 @@ def _tensors(holder: Any) -> dict[str, torch.Tensor]:
     if isinstance(holder, nn.Module):
         found |= holder._parameters | holder._buffers
     return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+
+
+def _scales(holder: Any) -> tuple[dict[str, float], dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """Single numbers that it has, as they are now: vLLM sets those of the key-value cache to 1, calculated or not."""
+    numbers = {name: value for name, value in vars(holder).items() if isinstance(value, float)}
+    tensors = {name: (tensor, tensor.clone()) for name, tensor in _tensors(holder).items() if not tensor.ndim}
+    return numbers, tensors
 
 
 def _projection(layer: Any) -> nn.Parameter | None:

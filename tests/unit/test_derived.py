@@ -89,7 +89,7 @@ class Layer(nn.Module, AttentionLayerBase):  # type: ignore[misc]
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """As vLLM's do."""
         self.impl.process(act_dtype)
-        self.scale = torch.tensor(1.0)  # of the key-value cache: no checkpoint has it
+        self.scale, self.scale_float = torch.tensor(1.0), 1.0  # of the key-value cache: no checkpoint has it
 
 
 class Casting:
@@ -244,29 +244,31 @@ def test_the_cut_is_no_module_to_load_anew() -> None:
 class Kernel(nn.Module):
     """A layer of a kernel."""
 
-    def __init__(self, impl: Casting) -> None:
+    def __init__(self, impl: Casting, heads: int = 8) -> None:
         super().__init__()
-        self.sinks = nn.Parameter(torch.zeros(8, dtype=torch.bfloat16), requires_grad=False)
+        self.sinks = nn.Parameter(torch.zeros(heads, dtype=torch.bfloat16), requires_grad=False)
         self.layer = Layer(impl, self.sinks)
 
     def write(self, seed: int) -> None:
-        self.sinks.copy_(torch.randn(8, generator=torch.Generator().manual_seed(seed)))
+        self.sinks.copy_(torch.randn(len(self.sinks), generator=torch.Generator().manual_seed(seed)))
 
     def process(self) -> None:
         self.layer.process_weights_after_loading(torch.float32)
 
 
-def test_a_kernels_copy_is_made_anew_where_it_is(config: VllmConfig) -> None:
+@pytest.mark.parametrize("heads", [8, 1])
+def test_a_kernels_copy_is_made_anew_where_it_is(config: VllmConfig, heads: int) -> None:
     impl = Casting()
-    model = Kernel(impl)
+    model = Kernel(impl, heads)
     _, derived = loaded(model)
-    copy, scale = impl.sinks, model.layer.scale
+    copy, layer = impl.sinks, model.layer
     assert derived.why_not(config) == ""
     model.write(1)
+    scale, layer.scale_float = layer.scale.fill_(0.5), 0.5  # as calculated of what was generated since
     derived.renew(config)
     assert impl.sinks is copy
     assert torch.equal(copy, model.sinks.float())
-    assert (model.layer.scale is scale, scale.item()) == (True, 1)
+    assert (layer.scale is scale, scale.item(), layer.scale_float) == (True, 0.5, 0.5)
 
 
 def test_a_scale_alone_is_no_copy_of_weights() -> None:
