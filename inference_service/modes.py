@@ -54,11 +54,14 @@ class Modes:
         # What a trainer shares, it shares to write itself: no byte moves where it can.
         return "in_place" if transport == SHARED else ""
 
-    def in_place(self, mode: str) -> bool:
-        """Whether one update that begins now goes straight into the live weights."""
+    def in_place(self, mode: str, *, partial: bool = False) -> bool:
+        """Whether one update that begins now goes straight into the live weights.
+
+        One that brings changes alone, of tensors or whole ones, keeps what they replace: it may need twice the policy.
+        """
         if mode:
             return mode == "in_place"
-        need, free = self._arenas.manifest.nbytes, self._free()
+        need, free = self._arenas.manifest.nbytes * (1 + partial), self._free()
         if need + HEADROOM <= free:
             return False
         log.info("too little memory to stage an update beside the live weights", need=need, free=free)

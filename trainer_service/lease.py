@@ -64,7 +64,8 @@ class Lease:
         self._question: Any = None
         self._ending, self._begun, self._over = threading.Lock(), False, False
         self._done: pb.UpdateWeightsResponse | None = None
-        self.promised = False  # the commit was sent, while bytes were still on their way by themselves
+        # Digest of a commit that was sent while bytes were still on their way by themselves.
+        self.promised: int | None = None
         try:
             self._put(pb.UpdateWeightsRequest(begin=begin), out=True)
             HEART.add(self, heartbeat_s)
@@ -82,7 +83,7 @@ class Lease:
         up or lost as before.
         """
         if isinstance(piece, Sum):
-            self.promised = True
+            self.promised = piece.digest
             self._put(pb.UpdateWeightsRequest(commit=pb.CommitUpdate(digest=piece.digest)))
         elif isinstance(piece, Chunk):
             chunk = pb.TensorChunk(tensor=piece.tensor, offset=piece.offset, data=piece.data)
@@ -93,7 +94,7 @@ class Lease:
     def check(self) -> None:
         """Raise what ended the update, if the service did."""
         if not self._line.open and self._done is None:
-            done = self._answer("committed" if self.promised else "")
+            done = self._answer("" if self.promised is None else "committed")
             self._done = done  # it was quicker than what is looked at here
 
     def prepare(self, digest: int) -> None:
@@ -119,7 +120,7 @@ class Lease:
             TandemError: it was not committed; or, where the connection broke, that is not known.
         """
         try:
-            if not self.promised:
+            if self.promised is None:
                 self._put(pb.UpdateWeightsRequest(commit=pb.CommitUpdate(digest=digest)), out=True)
             meanwhile()
             committed = (self._done or self._answer("committed")).committed

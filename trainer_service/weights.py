@@ -33,6 +33,7 @@ from trainer_service.steps import Steps
 from trainer_service.together import Together
 from trainer_service.updates import (
     ATTEMPTS,
+    Asked,
     UpdateStats,
     at_exit,
     broken_off,
@@ -93,7 +94,7 @@ class PolicyWeights:
         self._depth = 0
         self._dirty = True  # the engine may hold something else than the trainer
         self._number = 0  # of the update that began last
-        self._asked = 0  # a commit of this number was asked for, and not answered
+        self._asked: Asked | None = None
         self._held: int | None = None  # digest of what was committed last, where it is known
         self._as_committed = False  # no lease was given since to whom might have written
         self._stood = False  # when it was last looked at
@@ -199,7 +200,7 @@ class PolicyWeights:
         self.abandon(reason)
         if self._finalizer is not None:
             self._finalizer()
-        self._session, self._finalizer, self._asked = None, None, 0
+        self._session, self._finalizer, self._asked = None, None, None
 
     def _outlive_engine(self) -> None:
         """End the session with an engine that was started again."""
@@ -278,7 +279,7 @@ class PolicyWeights:
         except TransportError as error:
             raise broken_off(error) from error
         self._ready = time.perf_counter() - started
-        self._number, self._asked = number, 0
+        self._number, self._asked = number, None
         return lease
 
     def _refuse(self, lease: Lease) -> NoReturn:
@@ -297,7 +298,7 @@ class PolicyWeights:
         except BaseException as error:
             lease.abort(str(error), untouched=not (wrote or session.transport.touched))
             # All may have been there nevertheless: then its digest tells that it was committed.
-            self._asked = self._number if lease.promised else 0
+            self._asked = None if lease.promised is None else Asked(self._number, lease.promised)
             if isinstance(error, TransportError):
                 raise broken_off(error) from error
             raise
@@ -305,7 +306,7 @@ class PolicyWeights:
         try:
             version, stopped = lease.commit(moved.digest, meanwhile=session.transport.mark)
         except TandemError as error:
-            self._asked = self._number if retryable(error) else 0
+            self._asked = Asked(self._number, moved.digest) if retryable(error) else None
             session.transport.leave()
             raise
         session.weight_version, self._held, self._as_committed = version, moved.digest, True
@@ -339,12 +340,13 @@ class PolicyWeights:
             or error.reason == Reason.SESSION_NOT_FOUND
         ):
             self._outlive_engine()
-        elif self._asked and model.weight_version == self._asked:
+        elif self._asked is not None and model.weight_version == self._asked.number:
             # Perhaps our own commit, whose answer was lost. Its digest tells. Of parameters that are the engine's
             # memory it would tell nothing, but there nobody else can commit while this session lives.
-            if session.holds(self._asked, session.transport.digest(self._policy(session.names))):
-                session.weight_version = self._asked
-            self._asked = 0
+            number, digest = self._asked
+            if session.holds(number, digest or session.transport.digest(self._policy(session.names))):
+                session.weight_version = number
+            self._asked = None
 
     def enter(self) -> None:
         """Take the lease, unless it is held. Each `enter` needs its `leave`."""

@@ -36,8 +36,15 @@ def test_what_is_not_chosen_depends_on_free_memory() -> None:
     arenas, free = Plane().arenas, [0]
     modes = Modes(arenas, free=lambda: free[0])
     need = arenas.manifest.nbytes + HEADROOM
-    for free[0], in_place in ((0, True), (need - 1, True), (need, False)):
+    twice = need + arenas.manifest.nbytes
+    for free[0], in_place, partial in (
+        (0, True, True),
+        (need - 1, True, True),
+        (need, False, True),
+        (twice, False, False),
+    ):
         assert modes.in_place("") is in_place
+        assert modes.in_place("", partial=True) is partial
         assert modes.in_place("staged") is False
         assert modes.in_place("in_place") is True
 
