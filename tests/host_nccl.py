@@ -300,7 +300,7 @@ def dying_trainer(
         assert session is not None
         assert isinstance(session.transport, NcclTransport)
         if where == "joining":
-            session.transport._leave()
+            session.transport.leave()
             HostCommunicator.__init__ = stop  # type: ignore[assignment,method-assign]
         elif where == "before any byte":
             session.transport._connected = False  # nothing goes ahead
