@@ -4,6 +4,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SEED ?= 0
 TESTS_AT_ONCE ?= 2
+GPU_TESTS_AT_ONCE ?= 4
 
 LOCKS := $(wildcard requirements/*.txt)
 PROTOS := $(shell find protos -name '*.proto')
@@ -37,8 +38,9 @@ demo: setup ## Train a real model on this CPU and watch it learn: SEED=0
 test: setup ## The whole test suite: TESTS_AT_ONCE=2
 	$(BIN)/python -m pytest -n $(TESTS_AT_ONCE) --dist loadfile --no-loadscope-reorder
 
-test-gpu: setup ## The tests that need a CUDA device
-	$(BIN)/python -m pytest tests/gpu
+test-gpu: setup ## The tests that need a CUDA device: GPU_TESTS_AT_ONCE=4
+	$(BIN)/python -m pytest tests/gpu -m alone
+	$(BIN)/python -m pytest tests/gpu -m "not alone" -n $(GPU_TESTS_AT_ONCE) --dist loadfile
 
 check: setup ## Lint, format, types, layers, contract, and the C++ with warnings as errors
 	$(BIN)/ruff check $(CODE)

@@ -48,6 +48,7 @@ SIZES = {  # hidden, layers, heads, intermediate, tied
     "8B": (4096, 36, 32, 12288, False),
 }
 _GENERATIONS = 8
+_PACKED_BYTES = 2 << 30  # a tensor must fit: the embedding of 8B is more than vLLM's usual gibibyte
 
 
 def main(kind: str, model: str, *more: str) -> dict[str, Any]:
@@ -198,7 +199,9 @@ def ipc(path: str) -> dict[str, Any]:
     def sync(packed: bool) -> None:
         llm.start_weight_update()
         tensors = ((name, parameter.data) for name, parameter in policy.named_parameters())
-        arguments = module.IPCTrainerSendWeightsArgs(send_mode=send, packed=packed)
+        arguments = module.IPCTrainerSendWeightsArgs(
+            send_mode=send, packed=packed, packed_buffer_size_bytes=_PACKED_BYTES
+        )
         module.IPCWeightTransferEngine.trainer_send_weights(tensors, arguments)
         llm.finish_weight_update()
         llm.reset_prefix_cache()

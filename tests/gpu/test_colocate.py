@@ -24,6 +24,7 @@ from tandem.errors import Reason, TandemError
 from tandem.inference.v1 import inference_pb2 as pb
 from tandem.rpc import translated
 from tandem.weights.v1 import weights_pb2
+from tests.gpu.engines import ENGINE
 from tests.services import ENVIRONMENT, Service, inference_service
 from trainer_service.client import InferenceClient
 from trainer_service.policy_tensors import policy_tensors
@@ -33,6 +34,7 @@ from weight_transfer.digest import combine, digest_tensors
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.alone,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 PROMPTS = [[5, 6, 7, 8], [40, 41, 42], [200, 100, 50, 25, 12]]
@@ -42,7 +44,7 @@ RATE = 0.3
 
 @pytest.fixture(scope="module")
 def service(checkpoint: Path) -> Iterator[Service]:
-    engine = {"kv_cache_memory_bytes": 4 << 30, "enforce_eager": True, "enable_sleep_mode": True}
+    engine = ENGINE | {"kv_cache_memory_bytes": 4 << 30, "enable_sleep_mode": True}
     with tempfile.TemporaryDirectory(prefix="tdm") as folder:
         with inference_service(checkpoint, Path(folder), wait=False, **engine) as service:
             service.wait_until("SERVING", 240)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.faults import checkpoints, oracle
+from tests.gpu.engines import ENGINE
 from tests.gpu.test_colocate import digest
 from tests.services import Service, inference_service
 from trainer_service.client import InferenceClient
@@ -23,6 +24,8 @@ pytestmark = [
 ]
 #: Largest difference of two logprobs that a device's float32 arithmetic makes.
 NEAR = 0.05
+#: Triton multiplies float32 in TF32 otherwise, which has three bits more than bfloat16.
+IN_FULL = {"TRITON_F32_DEFAULT": "ieee"}
 
 
 @pytest.fixture(scope="module", params=["mixtral", "qwen3_moe"])
@@ -30,9 +33,11 @@ def made(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Service, Path]]:
     checkpoint = checkpoints.make(tmp_path_factory.mktemp(request.param), request.param, torch.float32)
-    engine = {"kv_cache_memory_bytes": 1 << 30, "enforce_eager": True, "dtype": "float32"}
+    engine = ENGINE | {"dtype": "float32"}
     with tempfile.TemporaryDirectory(prefix="tdm") as folder:
-        with inference_service(checkpoint, Path(folder), wait=False, **engine) as service:
+        with inference_service(
+            checkpoint, Path(folder), wait=False, environment=IN_FULL, **engine
+        ) as service:
             service.wait_until("SERVING", 240)
             yield service, checkpoint
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.gpu.engines import ENGINE
 from tests.gpu.test_colocate import RATE, assert_agrees, policy, step
 from tests.services import Service, inference_service
 
@@ -24,8 +25,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def service(checkpoint: Path) -> Iterator[Service]:
-    engine = {
-        "kv_cache_memory_bytes": 1 << 30,
+    engine = ENGINE | {
         "enforce_eager": "false",
         "compilation_config": '{"cudagraph_capture_sizes": [1, 2, 4]}',
     }

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.faults import checkpoints, oracle
+from tests.gpu.engines import GRAPHS
 from tests.gpu.test_colocate import digest
 from tests.services import Service, inference_service
 from trainer_service.client import InferenceClient
@@ -28,9 +29,8 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, Path]]:
     checkpoint = checkpoints.make(tmp_path_factory.mktemp("mla"), "deepseek_v2")
-    engine = {"kv_cache_memory_bytes": 1 << 30, "enforce_eager": False}
     with tempfile.TemporaryDirectory(prefix="tdm") as folder:
-        with inference_service(checkpoint, Path(folder), wait=False, **engine) as service:
+        with inference_service(checkpoint, Path(folder), wait=False, **GRAPHS) as service:
             service.wait_until("SERVING", 300)
             yield service, checkpoint
 

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from tandem.errors import Reason, TandemError
 from tandem.inference.v1 import inference_pb2 as pb
 from tandem.weights.v1 import weights_pb2
+from tests.gpu.engines import ENGINE
 from tests.gpu.test_colocate import RATE, assert_agrees, digest, digest_of
 from tests.services import ENVIRONMENT, Service, inference_service
 from trainer_service.client import InferenceClient
@@ -39,10 +40,9 @@ MODES = pytest.mark.parametrize("mode", ["in_place", "staged"])
 
 @pytest.fixture(scope="module")
 def service(checkpoint: Path) -> Iterator[Service]:
-    engine = {"kv_cache_memory_bytes": 4 << 30, "enforce_eager": True}
     with tempfile.TemporaryDirectory(prefix="tdm") as folder:
         with inference_service(
-            checkpoint, Path(folder), wait=False, environment={"CUDA_VISIBLE_DEVICES": "0"}, **engine
+            checkpoint, Path(folder), wait=False, environment={"CUDA_VISIBLE_DEVICES": "0"}, **ENGINE
         ) as service:
             service.wait_until("SERVING", 240)
             yield service
@@ -364,6 +364,7 @@ def test_two_trainers_take_turns(service: Service, policy: Any) -> None:
     assert digest(service)[1] == digest_of(other, service) != digest_of(one, service)
 
 
+@pytest.mark.alone
 def test_memory_comes_back(service: Service, policy: Any) -> None:
     """Fifteen sessions leave no device memory on either side."""
     model, weights = policy(torch.bfloat16, "staged")

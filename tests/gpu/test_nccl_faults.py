@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from tandem.weights.v1 import weights_pb2
 from tests.faults.proxy import Proxy
+from tests.gpu.engines import ENGINE
 from tests.gpu.test_colocate import digest, digest_of
 from tests.gpu.test_nccl import MODES, service, state, until
 from tests.services import Service, inference_service
@@ -127,10 +128,9 @@ class Supervised:
 
     def start(self) -> None:
         self._stack.close()
-        engine = {"kv_cache_memory_bytes": 1 << 30, "gpu_memory_utilization": 0.1, "enforce_eager": True}
         environment = {"CUDA_VISIBLE_DEVICES": "0"}
         service = inference_service(
-            self._checkpoint, self._folder, wait=False, environment=environment, **engine
+            self._checkpoint, self._folder, wait=False, environment=environment, **ENGINE
         )
         self.service = self._stack.enter_context(service)
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.gpu.engines import ENGINE
 from tests.gpu.test_colocate import digest, digest_of
 from tests.services import Service, inference_service
 from trainer_service.client import InferenceClient
@@ -30,14 +31,13 @@ pytestmark = [
 @pytest.fixture
 def services(checkpoint: Path) -> Iterator[list[Service]]:
     """Both on the first GPU, or on two where there are three."""
-    engine = {"kv_cache_memory_bytes": 2 << 30, "gpu_memory_utilization": 0.1, "enforce_eager": True}
     gpus = ["0", "2" if torch.cuda.device_count() > 2 else "0"]
     with tempfile.TemporaryDirectory(prefix="tdm") as folder, ExitStack() as stack:
         started = []
         for n, gpu in enumerate(gpus):
             (place := Path(folder, str(n))).mkdir()
             environment = {"CUDA_VISIBLE_DEVICES": gpu}
-            service = inference_service(checkpoint, place, wait=False, environment=environment, **engine)
+            service = inference_service(checkpoint, place, wait=False, environment=environment, **ENGINE)
             started.append(stack.enter_context(service))
             started[-1].wait_until("SERVING", 240)  # one after the other: each looks at what memory is free
         yield started

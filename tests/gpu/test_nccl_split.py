@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from tandem.errors import TandemError
 from tandem.weights.v1 import weights_pb2
+from tests.gpu.engines import ENGINE
 from tests.gpu.test_colocate import assert_agrees, digest, digest_of
 from tests.gpu.test_nccl import MODES, state, until
 from tests.services import Service, inference_service
@@ -33,7 +34,7 @@ DEVICE = "cuda:2"
 
 @pytest.fixture(scope="module")
 def service(checkpoint: Path) -> Iterator[Service]:
-    engine = {"kv_cache_memory_bytes": 4 << 30, "enforce_eager": True, "tensor_parallel_size": 2}
+    engine = ENGINE | {"tensor_parallel_size": 2}
     with tempfile.TemporaryDirectory(prefix="tdm") as folder:
         with inference_service(
             checkpoint, Path(folder), wait=False, environment={"CUDA_VISIBLE_DEVICES": "0,1"}, **engine

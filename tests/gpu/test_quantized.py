@@ -13,6 +13,7 @@ import torch
 from tandem.inference.v1 import inference_pb2 as pb
 from tests import models
 from tests.faults import oracle, raw
+from tests.gpu.engines import GRAPHS
 from tests.gpu.test_colocate import digest
 from tests.services import Service, inference_service
 from trainer_service.client import InferenceClient
@@ -32,13 +33,7 @@ def made(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Service, Path]]:
     checkpoint = models.make(tmp_path_factory.mktemp("quantized"), "qwen2")
-    engine = {
-        "kv_cache_memory_bytes": 1 << 30,
-        "enforce_eager": "false",
-        "compilation_config": '{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1]}',
-        "quantization": request.param,
-        "enable_sleep_mode": "true",
-    }
+    engine = GRAPHS | {"quantization": request.param, "enable_sleep_mode": "true"}
     with tempfile.TemporaryDirectory(prefix="tdm") as folder:
         with inference_service(checkpoint, Path(folder), wait=False, **engine) as service:
             service.wait_until("SERVING", 240)

@@ -18,6 +18,7 @@ from tandem.engine.v1 import engine_pb2
 from tandem.errors import TandemError
 from tandem.inference.v1 import inference_pb2 as pb
 from tandem.rpc import translate
+from tests.gpu.engines import ENGINE
 from tests.services import Service, inference_service
 
 pytestmark = [
@@ -29,9 +30,8 @@ PROMPTS = [[5, 6, 7, 8], [40, 41, 42], [200, 100, 50, 25, 12]]
 
 @pytest.fixture(scope="module")
 def service(checkpoint: Path) -> Iterator[Service]:
-    engine = {"gpu_memory_utilization": 0.2, "enforce_eager": True}
     with tempfile.TemporaryDirectory(prefix="tdm") as folder:
-        with inference_service(checkpoint, Path(folder), wait=False, **engine) as service:
+        with inference_service(checkpoint, Path(folder), wait=False, **ENGINE) as service:
             service.wait_until("SERVING", 240)
             yield service
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from tandem.errors import Reason, TandemError
 from tandem.weights.v1 import weights_pb2
+from tests.gpu.engines import ENGINE
 from tests.gpu.test_colocate import digest, digest_of
 from tests.ranks import of_script, succeeded, two_ranks
 from tests.services import Service, inference_service
@@ -31,13 +32,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1"}
 
 @pytest.fixture(scope="module")
 def service(checkpoint: Path) -> Iterator[Service]:
-    engine = {
-        "kv_cache_memory_bytes": 2 << 30,
-        "gpu_memory_utilization": 0.2,
-        "enforce_eager": True,
-        "tensor_parallel_size": 2,
-        "distributed_executor_backend": '"mp"',
-    }
+    engine = ENGINE | {"tensor_parallel_size": 2, "distributed_executor_backend": '"mp"'}
     with tempfile.TemporaryDirectory(prefix="tdm") as folder:
         environment = {"CUDA_VISIBLE_DEVICES": "0,1"}
         with inference_service(

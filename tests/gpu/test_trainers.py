@@ -12,6 +12,7 @@ import torch
 
 from tandem.weights.v1 import weights_pb2 as pb
 from tests import models
+from tests.gpu.engines import ENGINE
 from tests.runs import ALL, Run
 from tests.services import Service, inference_service
 from tests.trainers import assert_same_bits, logged
@@ -37,7 +38,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def service(paths: list[Path]) -> Iterator[Service]:
-    engine = {"kv_cache_memory_bytes": 1 << 30, "enable_sleep_mode": True}
+    engine = ENGINE | {"enable_sleep_mode": True}
     with tempfile.TemporaryDirectory(prefix="tdm") as folder:
         reference = f"--reference-model={paths[1]}"
         with inference_service(paths[0], Path(folder), reference, wait=False, **engine) as service:
