@@ -20,7 +20,8 @@ JOIN_S = 30.0
 STALL_S = 10.0
 """Seconds after which a window that does not arrive is given up. The slowest link that NCCL is for needs less."""
 
-_POLL_S = 5e-5
+# NCCL does in a thread of its own what it is asked for, most often in less time than any sleep takes.
+_SPIN_S, _POLL_S = 2e-4, 5e-5
 _ABORT_S = 5.0
 
 Span = tuple[int, int]
@@ -182,16 +183,17 @@ class Communicator:
         ending.join(_ABORT_S)
 
     def _until(self, done: Callable[[], bool], seconds: float, late: str) -> None:
-        end = time.monotonic() + seconds
+        began = time.monotonic()
         try:
             while True:
                 with _told():
                     if done():
                         return
                 self._check()
-                if time.monotonic() > end:
+                waited = time.monotonic() - began
+                if waited > seconds:
                     raise NcclError(f"{late} within {seconds:g} s")
-                time.sleep(_POLL_S)
+                time.sleep(0 if waited < _SPIN_S else _POLL_S)
         except BaseException:
             self.abort()
             raise
