@@ -6,6 +6,9 @@ from pathlib import Path
 
 import psutil
 
+#: Memory, in bytes, that must be left once a whole update is staged: for the engine's own needs meanwhile.
+HEADROOM = 1 << 28
+
 _CGROUP = Path("/sys/fs/cgroup")
 
 

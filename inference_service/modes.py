@@ -8,7 +8,7 @@ from typing import Literal
 import structlog
 
 from inference_service.arenas import EngineArenas
-from inference_service.memory import free_bytes
+from inference_service.memory import HEADROOM, free_bytes
 from inference_service.transports import NCCL, SHARED, why_not_in_place
 from tandem.errors import FailedPrecondition, Reason
 
@@ -16,9 +16,6 @@ log = structlog.get_logger(__name__)
 
 #: What the service is told to do where a trainer does not say.
 UpdateMode = Literal["auto", "staged", "in_place"]
-
-#: Memory, in bytes, that must be left once a whole update is staged: for the engine's own needs meanwhile.
-HEADROOM = 1 << 28
 
 
 class Modes:
@@ -54,14 +51,11 @@ class Modes:
         # What a trainer shares, it shares to write itself: no byte moves where it can.
         return "in_place" if transport == SHARED else ""
 
-    def in_place(self, mode: str, *, partial: bool = False) -> bool:
-        """Whether one update that begins now goes straight into the live weights.
-
-        One that brings changes alone, of tensors or whole ones, keeps what they replace: it may need twice the policy.
-        """
+    def in_place(self, mode: str) -> bool:
+        """Whether one update that begins now goes straight into the live weights."""
         if mode:
             return mode == "in_place"
-        need, free = self._arenas.manifest.nbytes * (1 + partial), self._free()
+        need, free = self._arenas.manifest.nbytes, self._free()
         if need + HEADROOM <= free:
             return False
         log.info("too little memory to stage an update beside the live weights", need=need, free=free)

@@ -237,7 +237,7 @@ class Sessions:
             raise invalid("begin.partial", f"the session's updates are whole: it goes by {session.transport}")
         return Way(
             session.transport,
-            in_place=self._modes.in_place(session.mode, partial=partial),
+            in_place=self._modes.in_place(session.mode),
             partial=partial,
             adapter=session.adapter,
             stage=session.stage,

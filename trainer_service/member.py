@@ -70,8 +70,8 @@ class Member:
 
     def join(self) -> None:
         """Introduce the policy anew: the service may have another life, and other weights. Raises as Session does."""
-        self._close()
-        self._session, self.holds, self.lost, self.restarted = self._opened(self.client), 0, "", False
+        self.close()  # first: it is out if this fails
+        self._session, self.lost, self.restarted = self._opened(self.client), "", False
 
     def begin(self, number: int, *, partial: bool) -> None:
         """Take its lease. Raises as `Session.begin` does."""
@@ -142,12 +142,9 @@ class Member:
 
     def close(self) -> None:
         """End its session."""
-        self._close()
-        self._session, self.holds = None, 0
-
-    def _close(self) -> None:
-        if self._session is not None:
-            self._session.close()
+        session, self._session, self.holds = self._session, None, 0
+        if session is not None:
+            session.close()
 
     def _lively(self, call: Callable[[Lease], None]) -> None:
         """Call, unless it is lost. That it went away meanwhile is no error here."""

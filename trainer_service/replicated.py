@@ -244,6 +244,7 @@ class ReplicatedWeights:
 
         digest: that the policy must have, if it must.
         """
+        asked = False
         try:
             with Pulse([member.client for member in members], self._roster.drop):
                 self._roster.each(members, lambda member: self._begin(member, number, partial=partial))
@@ -262,10 +263,13 @@ class ReplicatedWeights:
                 self._roster.each(members, lambda member: member.prepare(found))
                 _require(members)
                 # From here on each commits that lives: nothing that can be foreseen stands in the way.
+                asked = True
                 self._roster.each(members, Member.commit)
                 _require(members)
                 self._fleet.succeeded([member for member in members if not member.lost])
         except BaseException as error:
+            if asked:  # whatever became of it: no other policy may have its number
+                self.least = max(self.least, number + 1)
             way.forget()
             for member in members:
                 member.abort(f"not every replica could take it: {error}")
@@ -290,8 +294,11 @@ class ReplicatedWeights:
 
     def _begin(self, member: Member, number: int, *, partial: bool) -> None:
         by_nccl = over_nccl(member)
+        # Whoever was just introduced may still be making the commit in which it was lost: others need not wait for it.
+        late = not member.holds and any(client is not member.client for client in self._roster.current)
         try:
-            patiently(lambda: member.begin(number, partial=partial and not by_nccl))
+            begin = functools.partial(member.begin, number, partial=partial and not by_nccl)
+            begin() if late else patiently(begin)
         except TransportError as error:
             self._fleet.broke(member, error)
         except TandemError as error:
@@ -301,7 +308,8 @@ class ReplicatedWeights:
                 return self._fleet.broke(member, error)
             # A commit of ours, whose answer was lost, may have been made since it was introduced.
             overtook = error.reason == Reason.BASE_VERSION_MISMATCH and not member.holds
-            if not (went_away(error) or overtook):
+            busy = late and error.reason == Reason.LEASE_HELD
+            if not (went_away(error) or overtook or busy):
                 raise
             member.restarted = overtook or error.reason == Reason.SESSION_NOT_FOUND
             member.drop(error.message)

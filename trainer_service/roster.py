@@ -56,9 +56,9 @@ class Roster:
 
     def drop(self, client: InferenceClient, reason: str) -> None:
         """Count on a service no more. From any thread."""
+        self._by_client[client].drop(reason)  # first: what is noted then leaves it out
         with self._noting:
             self._current -= {client}
-        self._by_client[client].drop(reason)
 
     def forget_the_lost(self) -> None:
         """Those that were dropped are out: they must be joined before they take part again."""

@@ -16,7 +16,7 @@ from tandem.weights.v1 import weights_pb2 as pb
 from trainer_service.client import InferenceClient
 from trainer_service.lease import Lease
 from trainer_service.line import Line
-from trainer_service.pulse import ask
+from trainer_service.pulse import ask, watched
 from weight_transfer.cuda import nccl
 from weight_transfer.cuda.devices import uuid_of
 from weight_transfer.identity import ProcessIdentity
@@ -239,9 +239,10 @@ class Session:
     def holds(self, number: int, digest: int) -> bool:
         """Whether the engine has committed weights of this digest as version `number`."""
         request = pb.GetWeightVersionRequest(include_digest=True, adapter=self._adapter)
-        now = self._calling(self._client.weights.GetWeightVersion, request, ANSWER_TIMEOUT_S)
-        committed: bool = now.state == pb.WEIGHT_STATE_COMMITTED and now.digest == digest
-        return committed and now.weight_version == number
+        now = watched(self._client, self._client.weights.GetWeightVersion, request, ANSWER_TIMEOUT_S)
+        # What is staged is beside it: the next update's, or this one's while its memory is given back.
+        committed: bool = now.state in (pb.WEIGHT_STATE_COMMITTED, pb.WEIGHT_STATE_STAGING)
+        return committed and (now.weight_version, now.digest) == (number, digest)
 
 
 def _called(method: Any, request: Any, timeout_s: float) -> Any:

@@ -7,7 +7,7 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from tandem.errors import Aborted, DeadlineExceeded, FailedPrecondition, Reason, TandemError
 from trainer_service.client import is_gone
@@ -65,19 +65,6 @@ def patiently(call: Callable[[], T]) -> T:
 def retryable(error: TandemError) -> bool:
     """Whether the update may succeed when everything is sent again."""
     return is_gone(error) or isinstance(error, DeadlineExceeded) or error.reason == Reason.LEASE_LOST
-
-
-class Asked(NamedTuple):
-    """A commit that was asked for, and not answered: its number, and the policy's digest where that is known."""
-
-    number: int
-    digest: int | None
-
-
-def overtook(error: TandemError, asked: Asked | None) -> bool:
-    """Whether the version in the way may be our own: `asked` for, and made after we lost sight of it."""
-    mismatch = error.reason == Reason.BASE_VERSION_MISMATCH
-    return mismatch and asked is not None and error.metadata.get("weight_version") == str(asked.number)
 
 
 def broken_off(error: TransportError) -> Aborted:

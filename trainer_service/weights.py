@@ -24,6 +24,7 @@ from tandem.engine.v1.engine_pb2 import ServingState
 from tandem.errors import FailedPrecondition, Reason, TandemError
 from trainer_service.adapter_session import AdapterSession
 from trainer_service.adapter_tensors import adapter_tensors
+from trainer_service.again import Asked, insist
 from trainer_service.client import WRITABLE, InferenceClient
 from trainer_service.lease import Lease
 from trainer_service.listing import Listing
@@ -32,12 +33,9 @@ from trainer_service.session import Session, first_of
 from trainer_service.steps import Steps
 from trainer_service.together import Together
 from trainer_service.updates import (
-    ATTEMPTS,
-    Asked,
     UpdateStats,
     at_exit,
     broken_off,
-    overtook,
     patiently,
     retryable,
     taken,
@@ -200,7 +198,9 @@ class PolicyWeights:
         self.abandon(reason)
         if self._finalizer is not None:
             self._finalizer()
-        self._session, self._finalizer, self._asked = None, None, None
+        self._session, self._finalizer = None, None
+        if self._asked is not None:  # whatever became of it: no other policy may have its number
+            self.least, self._asked = max(self.least, self._asked.number + 1), None
 
     def _outlive_engine(self) -> None:
         """End the session with an engine that was started again."""
@@ -305,8 +305,9 @@ class PolicyWeights:
         asked = time.perf_counter()
         try:
             version, stopped = lease.commit(moved.digest, meanwhile=session.transport.mark)
-        except TandemError as error:
-            self._asked = Asked(self._number, moved.digest) if retryable(error) else None
+        except BaseException as error:
+            if not isinstance(error, TandemError) or retryable(error):
+                self._asked = Asked(self._number, moved.digest)
             session.transport.leave()
             raise
         session.weight_version, self._held, self._as_committed = version, moved.digest, True
@@ -316,18 +317,8 @@ class PolicyWeights:
         took = {"seconds": now - started, "stopped": stopped, "ready": self._ready, "committed": now - asked}
         self.history.append(UpdateStats(version, moved.nbytes, changed=moved.changed, **took))
 
-    def _insist(self, attempt: Callable[[], None]) -> None:
-        """Make `attempt`, and make it again with an engine that came back or a lease that was lost."""
-        deadline = time.monotonic() + self._timeout_s
-        for left in reversed(range(ATTEMPTS)):
-            try:
-                return attempt()
-            except TandemError as error:
-                if not left or not (retryable(error) or overtook(error, self._asked)):
-                    raise
-                logger.warning("update failed, trying again: %s", error)
-                self._recover(error, deadline)
-        return None
+    def _insist(self, attempt: Callable[[], None], after: TandemError | None = None) -> None:
+        insist(attempt, self._recover, lambda: self._asked, self._timeout_s, after)
 
     def _recover(self, error: TandemError, deadline: float) -> None:
         """Wait for an engine that can take an update. Keep the session if it is still that engine's."""
@@ -344,7 +335,8 @@ class PolicyWeights:
             # Perhaps our own commit, whose answer was lost. Its digest tells. Of parameters that are the engine's
             # memory it would tell nothing, but there nobody else can commit while this session lives.
             number, digest = self._asked
-            if session.holds(number, digest or session.transport.digest(self._policy(session.names))):
+            digest = digest or session.transport.digest(self._policy(session.names))
+            if patiently(lambda: session.holds(number, digest)):
                 session.weight_version = number
             self._asked = None
 
@@ -396,5 +388,4 @@ class PolicyWeights:
                 raise
             # The parameters are whole, and the engine serves nothing: give it all of them.
             logger.warning("update lost, making up for it: %s", error)
-            self._recover(error, time.monotonic() + self._timeout_s)
-            self.sync()
+            self._insist(self._sync, after=error)

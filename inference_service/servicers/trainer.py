@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, TypeVar, cast
 
 from tandem.errors import Aborted, FailedPrecondition, Reason, Unavailable
@@ -81,10 +81,13 @@ class Trainer:
                 raise Aborted(Reason.LEASE_LOST, reason)
         raise Aborted(Reason.LEASE_LOST, f"nothing was heard of the trainer for {self._timeout:g} s")
 
-    async def heard_during(self, work: Coroutine[Any, Any, T]) -> T:
+    async def heard_during(
+        self, work: Coroutine[Any, Any, T], undo: Callable[[T, BaseException], Awaitable[None]] | None = None
+    ) -> T:
         """Await `work`, in which the trainer has nothing to say but that it is there, or that it gives up.
 
-        Raises as `next` does: `work` is cancelled then. FailedPrecondition: UPDATE_ORDER.
+        Raises as `next` does: `work` is cancelled then, and where that comes too late `undo` is given its result, which
+        nobody else has. FailedPrecondition: UPDATE_ORDER.
         """
         working = asyncio.ensure_future(work)
         try:
@@ -95,10 +98,13 @@ class Trainer:
                     what = f"{step or 'an empty step'} while the service has to answer"
                     raise FailedPrecondition(Reason.UPDATE_ORDER, what)
             return working.result()
-        finally:
+        except BaseException as error:
             if not working.done():
                 working.cancel()
                 await asyncio.wait({working})
+            if undo is not None and not working.cancelled() and working.exception() is None:
+                await undo(working.result(), error)
+            raise
 
     def close(self) -> None:
         self._gone.cancel()

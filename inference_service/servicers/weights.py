@@ -138,7 +138,7 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
                 new_version=begin.new_version if begin.HasField("new_version") else None,
             )
             # To join a communicator takes both sides: one that is silent then does not come.
-            update = await (trainer.heard_during(beginning) if begin.nccl_id else beginning)
+            update = await (trainer.heard_during(beginning, _lost) if begin.nccl_id else beginning)
             async with _Lease(update) as lease:
                 if reason := trainer.has_gone:  # before it was told that it may write
                     # What comes by NCCL is on its way.
@@ -252,6 +252,10 @@ class _Lease:
     async def __aexit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if not self._settled:
             await self.update.lose(_why(error))
+
+
+async def _lost(update: Update, error: BaseException) -> None:
+    await update.lose(_why(error))
 
 
 def _why(error: BaseException | None) -> str:

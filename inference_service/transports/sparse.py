@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from inference_service.arenas import HostArenas
+from inference_service.memory import HEADROOM, free_bytes
 from inference_service.staging import next_piece, require_all
 from inference_service.transports.base import Incoming, compare
 from tandem.errors import FailedPrecondition, Reason, invalid
@@ -60,7 +61,7 @@ class Unpacking:
 
 class SparseStaged(Incoming):
     """The elements themselves are what is staged. What they replace is kept from the check to the update's end, and put
-    back where it fails.
+    back where it fails; what whole tensors replace, only where the host has that memory free.
 
     Needs memory for the elements, their places and what was there, and for one tensor at a time while it digests.
     """
@@ -73,6 +74,7 @@ class SparseStaged(Incoming):
         self._whole: dict[int, torch.Tensor] = {}
         self._changes: dict[int, list[Changes]] = {}
         self._before: dict[int, torch.Tensor] = {}  # the whole ones, and the bits of elements
+        self._kept = True
 
     def chunk(self, tensor: int, offset: int, data: bytes) -> None:
         spec = next_piece(self._manifest, self._received, tensor, offset, len(data))
@@ -99,8 +101,9 @@ class SparseStaged(Incoming):
         await asyncio.to_thread(self._place, self._whole | new)
 
     async def undo(self) -> bool:
-        await asyncio.to_thread(self._place, self._before)
-        return True
+        if self._kept:
+            await asyncio.to_thread(self._place, self._before)
+        return self._kept
 
     def release(self) -> None:
         for held in (self._whole, self._changes, self._before):
@@ -118,9 +121,12 @@ class SparseStaged(Incoming):
             parts[i] = found
         for i in set(same) - set(at_once):
             parts[i] = digest_tensor(placements[i].gather(arenas))
+        if self._whole:
+            self._kept = sum(value.nbytes for value in self._whole.values()) + HEADROOM <= free_bytes()
         for i, value in self._whole.items():
             parts[i] = digest_tensor(value)
-            self._before[i] = placements[i].gather(arenas).clone()
+            if self._kept:
+                self._before[i] = placements[i].gather(arenas).clone()
         # One piece of memory for all: the system takes longer to give it than it takes to read the tensor.
         largest = max((self._manifest.tensors[i].nbytes for i in self._changes), default=0)
         room = torch.empty(largest, dtype=torch.uint8)

@@ -105,17 +105,19 @@ def test_a_wire_that_breaks_leaves_the_old_version_or_nothing(
 
 
 @MODES
-def test_a_slow_wire_is_only_slow(service: Service, checkpoint: Path, mode: str) -> None:
+def test_a_slow_wire_is_only_slow(
+    service: Service, checkpoint: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No update is tried twice for that."""
     with tempfile.TemporaryDirectory(prefix="tdm") as folder:
         back = service.address.removeprefix("unix://")
         with Proxy(f"{folder}/slow.sock", back, delay_s=0.1) as proxy:
             with trainer(proxy.address, checkpoint, mode) as (model, weights):
+                monkeypatch.setattr(weights, "_recover", lambda error, deadline: pytest.fail(error.message))
                 for _ in range(3):
                     change(model)
                     weights.sync()
                     assert digest(service) == (weights.weight_version, digest_of(model, service))
-                versions = [update.weight_version for update in weights.history]
-                assert versions == list(range(versions[0], versions[0] + 4)), "none was tried twice"
     service.weights.RestoreCheckpoint(weights_pb2.RestoreCheckpointRequest(), timeout=60)
 
 

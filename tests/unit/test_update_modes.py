@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from inference_service.device_arenas import DeviceArenas
-from inference_service.memory import free_bytes
-from inference_service.modes import HEADROOM, Modes
+from inference_service.memory import HEADROOM, free_bytes
+from inference_service.modes import Modes
 from inference_service.transports import SHARED, STREAM, Way, incoming
 from tandem.errors import FailedPrecondition, Reason
 from tests.update_plane import Plane
@@ -36,15 +36,8 @@ def test_what_is_not_chosen_depends_on_free_memory() -> None:
     arenas, free = Plane().arenas, [0]
     modes = Modes(arenas, free=lambda: free[0])
     need = arenas.manifest.nbytes + HEADROOM
-    twice = need + arenas.manifest.nbytes
-    for free[0], in_place, partial in (
-        (0, True, True),
-        (need - 1, True, True),
-        (need, False, True),
-        (twice, False, False),
-    ):
+    for free[0], in_place in ((0, True), (need - 1, True), (need, False)):
         assert modes.in_place("") is in_place
-        assert modes.in_place("", partial=True) is partial
         assert modes.in_place("staged") is False
         assert modes.in_place("in_place") is True
 
