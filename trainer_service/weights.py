@@ -93,6 +93,8 @@ class PolicyWeights:
         self._dirty = True  # the engine may hold something else than the trainer
         self._number = 0  # of the update that began last
         self._asked: Asked | None = None
+        # Number and digest of one that was, in the engine's last life: no other policy may have that number.
+        self._lost: tuple[int, int] | None = None
         self._held: int | None = None  # digest of what was committed last, where it is known
         self._as_committed = False  # no lease was given since to whom might have written
         self._stood = False  # when it was last looked at
@@ -198,9 +200,7 @@ class PolicyWeights:
         self.abandon(reason)
         if self._finalizer is not None:
             self._finalizer()
-        self._session, self._finalizer = None, None
-        if self._asked is not None:  # whatever became of it: no other policy may have its number
-            self.least, self._asked = max(self.least, self._asked.number + 1), None
+        self._session, self._finalizer, self._asked = None, None, None
 
     def _outlive_engine(self) -> None:
         """End the session with an engine that was started again."""
@@ -210,7 +210,13 @@ class PolicyWeights:
             policy = self._policy(session.names)
             if session.transport.settled(policy) and not session.transport.disturbed():
                 self._held = session.transport.digest(policy)
+        if session is not None and self._asked is not None:
+            self._lost = self._with_digest(self._asked, session)
         self._end_session("the engine was restarted")
+
+    def _with_digest(self, asked: Asked, session: Session) -> tuple[int, int]:
+        """Parameters that are the engine's memory have no digest, and are as they were when it was asked for."""
+        return asked.number, asked.digest or session.transport.digest(self._policy(session.names))
 
     def _policy(self, wanted: Sequence[str]) -> list[SourceTensor]:
         """What updates carry."""
@@ -268,6 +274,9 @@ class PolicyWeights:
         assert session is not None  # noqa: S101  for the type checker
         last, base = self.weight_version, session.weight_version
         number = max(last + 1, base + 1, self.least)
+        if self._lost is not None:
+            digest = session.transport.digest(self._policy(session.names))
+            number = max(number, self._lost[0] + (self._lost[1] != digest))
         if base < last and self._held is not None:  # a new life of the engine
             policy = self._policy(session.names)
             number = last if session.transport.digest(policy) == self._held else number
@@ -311,6 +320,7 @@ class PolicyWeights:
             session.transport.leave()
             raise
         session.weight_version, self._held, self._as_committed = version, moved.digest, True
+        self._lost = None
         self._dirty = False
         self.committed += 1
         now = time.perf_counter()
@@ -334,8 +344,7 @@ class PolicyWeights:
         elif self._asked is not None and model.weight_version == self._asked.number:
             # Perhaps our own commit, whose answer was lost. Its digest tells. Of parameters that are the engine's
             # memory it would tell nothing, but there nobody else can commit while this session lives.
-            number, digest = self._asked
-            digest = digest or session.transport.digest(self._policy(session.names))
+            number, digest = self._with_digest(self._asked, session)
             if patiently(lambda: session.holds(number, digest)):
                 session.weight_version = number
             self._asked = None
