@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 _LOOK_S = 0.01
 _READY_S = 10.0
+_REST_S = 1.0
 
 
 class Member:
@@ -39,6 +40,7 @@ class Member:
         self._session: Session | None = None
         self._lease: Lease | None = None
         self._question: Any = None
+        self._rested = 0.0  # when
 
     @property
     def session(self) -> Session:
@@ -51,6 +53,15 @@ class Member:
     def out(self) -> bool:
         """Whether it must be joined before it takes part."""
         return self._session is None
+
+    def rest(self) -> None:
+        """Its service still has our last lease: leave it alone for a while, or it makes every update whole."""
+        self._rested = time.monotonic() + _REST_S
+
+    @property
+    def resting(self) -> bool:
+        """Whether it need not be asked yet."""
+        return time.monotonic() < self._rested
 
     def ask(self) -> None:
         """Ask whether it is there, unless that was asked and it may still answer."""

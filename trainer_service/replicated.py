@@ -21,6 +21,7 @@ from torch import nn
 from tandem.errors import Aborted, FailedPrecondition, NotFound, Reason, TandemError, Unavailable, invalid
 from trainer_service.adapter_session import AdapterSession
 from trainer_service.adapter_tensors import adapter_tensors
+from trainer_service.again import Asked, insist
 from trainer_service.client import InferenceClient
 from trainer_service.fleet import Fleet, over_nccl
 from trainer_service.member import Member, went_away
@@ -28,7 +29,7 @@ from trainer_service.policy_tensors import policy_tensors
 from trainer_service.pulse import Pulse, watched
 from trainer_service.roster import Roster
 from trainer_service.session import Session
-from trainer_service.updates import ATTEMPTS, UpdateStats, patiently, retryable
+from trainer_service.updates import UpdateStats, patiently
 from weight_transfer.cuda import nccl
 from weight_transfer.transports import (
     Handshake,
@@ -109,6 +110,7 @@ class ReplicatedWeights:
         self._fleet = Fleet()  # and for all that it reaches by NCCL
         self._cut = (0, False)  # it was made for: bytes of a chunk at most, and whether changes travel alone
         self._held = 0  # digest of the last commit
+        self._asked: Asked | None = None  # a commit that was broken off
         self._turn = threading.RLock()  # one update or catching up at a time
 
     @property
@@ -150,15 +152,12 @@ class ReplicatedWeights:
             TandemError: a service refused the update. None has committed it, and the old version serves.
         """
         deadline = time.monotonic() + self._timeout_s
-        for left in reversed(range(ATTEMPTS)):
-            try:
-                with self._turn:
-                    return self._sync(deadline)
-            except TandemError as error:
-                if not left or not retryable(error):
-                    raise
-                logger.warning("update failed, trying again: %s", error)
-        return None
+
+        def attempt() -> None:
+            with self._turn:
+                self._sync(deadline)
+
+        insist(attempt, lambda *_: None, lambda: self._asked, self._timeout_s)
 
     def catch_up(self) -> None:
         """Bring the current version to the services that came back, if the policy is still that version's.
@@ -173,7 +172,7 @@ class ReplicatedWeights:
         roster, last = self._roster, self.weight_version
         roster.forget_the_lost()
         back = (
-            [member for member in roster.members if member.holds != last and member.answers()] if last else []
+            [m for m in roster.members if m.holds != last and not m.resting and m.answers()] if last else []
         )
         for member in back:
             if not roster.joined(member):
@@ -244,7 +243,6 @@ class ReplicatedWeights:
 
         digest: that the policy must have, if it must.
         """
-        asked = False
         try:
             with Pulse([member.client for member in members], self._roster.drop):
                 self._roster.each(members, lambda member: self._begin(member, number, partial=partial))
@@ -263,13 +261,17 @@ class ReplicatedWeights:
                 self._roster.each(members, lambda member: member.prepare(found))
                 _require(members)
                 # From here on each commits that lives: nothing that can be foreseen stands in the way.
-                asked = True
+                self._asked = Asked(number, found)
                 self._roster.each(members, Member.commit)
                 _require(members)
                 self._fleet.succeeded([member for member in members if not member.lost])
+            self._asked = None
         except BaseException as error:
-            if asked:  # whatever became of it: no other policy may have its number
+            if self._asked is not None and self._asked.number == number:
+                # Whatever became of it: no other policy may have its number, and nobody what some may have.
                 self.least = max(self.least, number + 1)
+                for member in members:
+                    member.drop(f"its commit was broken off: {error!r}")
             way.forget()
             for member in members:
                 member.abort(f"not every replica could take it: {error}")
@@ -313,6 +315,8 @@ class ReplicatedWeights:
                 raise
             member.restarted = overtook or error.reason == Reason.SESSION_NOT_FOUND
             member.drop(error.message)
+            if busy:
+                member.rest()
         return None
 
     def _send(self, members: Sequence[Member], piece: Piece) -> None:

@@ -87,7 +87,8 @@ class Roster:
         """
         self.forget_the_lost()
         while True:
-            out = [member for member in self.members if member.out]
+            here = any(not member.out for member in self.members)
+            out = [member for member in self.members if member.out and not (here and member.resting)]
             for member in out:
                 member.ask()
             until = time.monotonic() + (ANSWER_S if patiently or len(out) == len(self.members) else _BACK_S)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from tandem import rpc
-from tandem.errors import FailedPrecondition, Internal, InvalidArgument, Reason, Violation
+from tandem.errors import Aborted, FailedPrecondition, Internal, InvalidArgument, Reason, Violation
 from tandem.weights.v1 import weights_pb2 as pb
 from trainer_service.client import InferenceClient
 from trainer_service.lease import Lease
@@ -237,9 +237,15 @@ class Session:
         self.transport.close()
 
     def holds(self, number: int, digest: int) -> bool:
-        """Whether the engine has committed weights of this digest as version `number`."""
+        """Whether the engine has committed weights of this digest as version `number`.
+
+        Raises:
+            Aborted: LEASE_HELD, an update has the weights, and is perhaps the one that makes them these.
+        """
         request = pb.GetWeightVersionRequest(include_digest=True, adapter=self._adapter)
         now = watched(self._client, self._client.weights.GetWeightVersion, request, ANSWER_TIMEOUT_S)
+        if now.state == pb.WEIGHT_STATE_WRITING:  # an adapter has a digest also then
+            raise Aborted(Reason.LEASE_HELD, "the weights are being written")
         # What is staged is beside it: the next update's, or this one's while its memory is given back.
         committed: bool = now.state in (pb.WEIGHT_STATE_COMMITTED, pb.WEIGHT_STATE_STAGING)
         return committed and (now.weight_version, now.digest) == (number, digest)

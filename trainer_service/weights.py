@@ -312,16 +312,14 @@ class PolicyWeights:
                 raise broken_off(error) from error
             raise
         asked = time.perf_counter()
+        self._asked = Asked(self._number, moved.digest)  # whatever is raised: the next `sync` finds out
         try:
             version, stopped = lease.commit(moved.digest, meanwhile=session.transport.mark)
-        except BaseException as error:
-            if not isinstance(error, TandemError) or retryable(error):
-                self._asked = Asked(self._number, moved.digest)
+        except BaseException:
             session.transport.leave()
             raise
         session.weight_version, self._held, self._as_committed = version, moved.digest, True
-        self._lost = None
-        self._dirty = False
+        self._dirty, self._asked, self._lost = False, None, None
         self.committed += 1
         now = time.perf_counter()
         took = {"seconds": now - started, "stopped": stopped, "ready": self._ready, "committed": now - asked}
@@ -346,7 +344,7 @@ class PolicyWeights:
             # memory it would tell nothing, but there nobody else can commit while this session lives.
             number, digest = self._with_digest(self._asked, session)
             if patiently(lambda: session.holds(number, digest)):
-                session.weight_version = number
+                session.weight_version, self._lost = number, (number, digest)
             self._asked = None
 
     def enter(self) -> None:

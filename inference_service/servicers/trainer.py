@@ -99,14 +99,23 @@ class Trainer:
                     raise FailedPrecondition(Reason.UPDATE_ORDER, what)
             return working.result()
         except BaseException as error:
-            if not working.done():
-                working.cancel()
-                await asyncio.wait({working})
-            if undo is not None and not working.cancelled() and working.exception() is None:
-                await undo(working.result(), error)
+            await asyncio.shield(asyncio.ensure_future(_ended(working, error, undo)))
             raise
 
     def close(self) -> None:
         self._gone.cancel()
         if self._coming is not None:
             self._coming.cancel()
+
+
+async def _ended(
+    working: asyncio.Future[T],
+    why: BaseException,
+    undo: Callable[[T, BaseException], Awaitable[None]] | None,
+) -> None:
+    """Cancel it, or undo what it did already."""
+    if not working.done():
+        working.cancel()
+        await asyncio.wait({working})
+    if undo is not None and not working.cancelled() and working.exception() is None:
+        await undo(working.result(), why)

@@ -11,9 +11,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -21,13 +22,11 @@ from torch import nn
 from inference_service.staging import Staging
 from tandem.errors import Reason, Unavailable
 from tests.faults.proxy import Proxy
-from tests.policies import LEASE_S, Engine, Policy, assert_same, digest_of, engine, policy, service
+from tests.policies import LEASE_S, Engine, Policy, assert_same, engine, policy, service
 from tests.weight_service import WeightService, idle, network
-from trainer_service import session as session_module
 from trainer_service import updates
 from trainer_service.client import InferenceClient
 from trainer_service.lease import Lease
-from trainer_service.replicated import ReplicatedWeights
 from trainer_service.session import Session
 from trainer_service.weights import PolicyWeights
 
@@ -70,6 +69,7 @@ def slow_to_stop(model: nn.Module) -> Any:
     async def stops(who: str, *args: Any, **named: Any) -> Any:
         halts.append(who)
         if len(halts) == 2:
+            engine.holders.add(who)
             await asyncio.sleep(HANGS_S)
         return await halt(who, *args, **named)
 
@@ -77,8 +77,21 @@ def slow_to_stop(model: nn.Module) -> Any:
     return engine, arenas
 
 
+def slow_to_go_on_with_adapters(model: nn.Module) -> Any:
+    from inference_service.loras import Loras
+
+    engine, arenas = slow_to_go_on(model)
+    engine.vllm_config = SimpleNamespace(
+        lora_config=SimpleNamespace(lora_dtype=torch.bfloat16, max_lora_rank=8)
+    )
+    engine.loras = Loras(engine)
+    return engine, arenas
+
+
 @contextmanager
-def far(engine_of: Callable[[nn.Module], Any]) -> Iterator[tuple[Engine, Proxy, PolicyWeights, nn.Module]]:
+def far(
+    engine_of: Callable[[nn.Module], Any], model: nn.Module | None = None, **how: Any
+) -> Iterator[tuple[Engine, Proxy, PolicyWeights, nn.Module]]:
     """A service, and a trainer at the other end of a wire, whose first update is made."""
     with tempfile.TemporaryDirectory(prefix="tdm") as folder:
         service = WeightService(f"unix://{folder}/s", LEASE_S, engine_of=engine_of)
@@ -86,10 +99,9 @@ def far(engine_of: Callable[[nn.Module], Any]) -> Iterator[tuple[Engine, Proxy, 
         try:
             with closing(Engine(service.address)) as engine, Proxy(f"{folder}/f", f"{folder}/s") as wire:
                 engine.wait_until_serving(30)
-                model = network()
+                model = model or network()
                 with closing(InferenceClient(wire.address)) as client:
-                    how: dict[str, Any] = {"transport": "stream", "mode": "staged", "timeout_s": 30.0}
-                    weights = PolicyWeights(client, lambda: model, **how)
+                    weights = PolicyWeights(client, lambda: model, transport="stream", timeout_s=30.0, **how)
                     weights.sync()
                     change(model)
                     yield engine, wire, weights, model
@@ -98,10 +110,18 @@ def far(engine_of: Callable[[nn.Module], Any]) -> Iterator[tuple[Engine, Proxy, 
             service.kill()
 
 
+def until(happened: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
 def change(model: nn.Module) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 1
+            if parameter.requires_grad:
+                parameter += 1
 
 
 def in_the_first_commit(patch: pytest.MonkeyPatch, beside: Callable[[], None]) -> list[threading.Thread]:
@@ -123,12 +143,11 @@ def test_a_wire_that_is_cut_between_the_commit_and_its_end(
     monkeypatch: pytest.MonkeyPatch, engine_of: Callable[[nn.Module], Any]
 ) -> None:
     """The version is the new one, and the update still there: it is our own all the same."""
-    with far(engine_of) as (engine, wire, weights, model):
+    with far(engine_of, mode="staged") as (engine, wire, weights, model):
         before, seen = engine.version, []
 
         def cut() -> None:
-            while engine.version == before:
-                time.sleep(0.005)
+            until(lambda: engine.version != before)
             seen.append(engine.state)
             wire.cut()
 
@@ -140,19 +159,47 @@ def test_a_wire_that_is_cut_between_the_commit_and_its_end(
         assert_same(engine, model)
 
 
-def test_a_commit_that_takes_longer_than_a_lease_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(updates, "HELD_S", 0.5)
-    with far(slow_to_stop) as (engine, wire, weights, model):
+def test_a_wire_that_is_cut_before_an_adapters_update_has_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its digest is told also while the update still has the weights."""
+    base = network()
+    with torch.no_grad():
+        for parameter in base.parameters():  # as the engine's are
+            parameter.zero_()
+    model: Any = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["0", "1"]))
+    with far(slow_to_go_on_with_adapters, model, adapter="a") as (engine, wire, weights, _):
+        before, seen = engine.version, []
 
         def cut() -> None:
-            time.sleep(0.2)
+            until(lambda: engine.version != before)
+            seen.append(engine.state)
             wire.cut()
 
         threads = in_the_first_commit(monkeypatch, cut)
-        began = time.monotonic()
         weights.sync()
         threads[0].join()
-        assert time.monotonic() - began > HANGS_S / 2, "longer than one wait for the lease"
+        assert seen == ["WRITING"]
+        assert engine.version == weights.weight_version == before + 2
+
+
+def test_a_commit_that_takes_longer_than_a_lease_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(updates, "HELD_S", 0.5)
+    with far(slow_to_stop, mode="staged") as (engine, wire, weights, model):
+        before, begin, begun = engine.version, Session.begin, []
+
+        def cut() -> None:
+            until(lambda: engine.paused)
+            wire.cut()
+
+        def begins(session: Session, *args: Any, **named: Any) -> Lease:
+            begun.append(args)
+            return begin(session, *args, **named)
+
+        threads = in_the_first_commit(monkeypatch, cut)
+        monkeypatch.setattr(Session, "begin", begins)
+        weights.sync()
+        threads[0].join()
+        assert len(begun) > 3, "the lease was waited for, more than once"
+        assert engine.version == before + 2, "and the commit made that was under way"
         assert engine.version == weights.weight_version
         assert_same(engine, model)
 
@@ -292,44 +339,35 @@ def test_two_policies_never_have_one_number(
     assert engine.version > first[0]
 
 
+def test_nor_after_one_of_them_was_known_for_our_own(
+    service: WeightService, engine: Engine, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = network()
+    weights = policy(model, "stream")
+    weights.sync()
+    change(model)
+    begin, begun, first = Session.begin, [], []
+
+    def begins(session: Session, *args: Any, **named: Any) -> Lease:
+        begun.append(args)
+        if len(begun) == 2:  # its own commit was recognized
+            first.append((engine.version, engine.digest))
+            service.kill()
+        return begin(session, *args, **named)
+
+    with monkeypatch.context() as patch:
+        unheard(patch, LOST)
+        patch.setattr(Session, "begin", begins)
+        with pytest.raises(Unavailable):
+            weights.sync()
+    service.start()
+    engine.wait_until_serving(30)
+    change(model)
+    weights.sync()
+    assert_same(engine, model)
+    assert engine.digest != first[0][1]
+    assert engine.version > first[0][0]
+
+
 def _gone(*_: Any, **__: Any) -> None:
     raise Unavailable(Reason.UNREACHABLE, "nobody answers")
-
-
-def test_a_replica_that_still_makes_the_last_commit_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_module, "ANSWER_TIMEOUT_S", 1.0)
-    with tempfile.TemporaryDirectory(prefix="tdm") as folder:
-        services = [
-            WeightService(f"unix://{Path(folder, name)}", LEASE_S, engine_of=engine_of)
-            for name, engine_of in (("late", slow_to_stop), ("other", idle))
-        ]
-        for one in services:
-            one.start()
-        engines = [Engine(one.address) for one in services]
-        clients = [InferenceClient(one.address) for one in services]
-        for one in engines:
-            one.wait_until_serving(30)
-        model = network()
-        weights = ReplicatedWeights(clients, lambda: model, timeout_s=20)
-        try:
-            weights.sync()
-            change(model)
-            weights.sync()
-            assert weights.holding() == {services[1].address}
-            change(model)
-            began = time.monotonic()
-            weights.sync()
-            assert time.monotonic() - began < 1
-            assert weights.holding() == {services[1].address}
-            assert_same(engines[1], model)
-            time.sleep(HANGS_S)
-            change(model)
-            weights.sync()
-            assert weights.holding() == {one.address for one in services}
-            assert [one.digest for one in engines] == [digest_of(model)] * 2
-        finally:
-            weights.detach()
-            for closed in (*clients, *engines):
-                closed.close()
-            for one in services:
-                one.kill()

@@ -98,11 +98,11 @@ def test_a_commit_that_breaks_off_costs_one_attempt(
         model, weights = make(mode)
         weights.sync()
         tried: list[str] = []
-        commit, recover, patch = Lease.commit, weights._recover, pytest.MonkeyPatch()
+        commit, send, recover = Lease.commit, Lease.send, weights._recover
 
         def breaks(lease: Lease, *_: Any, **named: Any) -> Any:
-            patch.undo()
             monkeypatch.setattr(Lease, "commit", commit)
+            monkeypatch.setattr(Lease, "send", send)
             named["meanwhile"]()
             lease._end()
             raise Unavailable(Reason.UNREACHABLE, "it broke off")
@@ -111,7 +111,9 @@ def test_a_commit_that_breaks_off_costs_one_attempt(
             tried.append(error.message)
             recover(error, deadline)
 
-        patch.setattr(Lease, "send", lambda lease, piece: None)  # it is not asked for ahead of the last bytes
+        monkeypatch.setattr(
+            Lease, "send", lambda lease, piece: None
+        )  # it is not asked for ahead of the last bytes
         monkeypatch.setattr(Lease, "commit", breaks)
         monkeypatch.setattr(weights, "_recover", recovers)
         write(model, 3)

@@ -39,8 +39,9 @@ async def test_a_call_that_is_cancelled_gives_its_lease_back(begun: bool) -> Non
     await asyncio.sleep(0.01)
     if begun:
         may.set()
-        while policy.state != "WRITING":  # noqa: ASYNC110  # the very next moment is wanted
-            await asyncio.sleep(0)
+        async with asyncio.timeout(5):
+            while policy.state != "WRITING":  # noqa: ASYNC110  # the very next moment is wanted
+                await asyncio.sleep(0)
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
         await call
