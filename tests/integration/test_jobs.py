@@ -204,7 +204,8 @@ def test_two_processes_save_together_and_fail_together(
     (place.folder / "fails-on").write_text("1")
     service.stub.ResumeJob(pb.ResumeJobRequest(job_id=job.id), timeout=20)
     rest = service.wait_for(job.id, "FAILED", after=events[-1].sequence)
-    assert states(rest) == ["QUEUED", "STARTING", "RUNNING", "FAILED"]
+    why = [event.state.reason for event in rest if event.HasField("state")]
+    assert states(rest) == ["QUEUED", "STARTING", "RUNNING", "FAILED"], why
     assert service.get(job.id).reason.startswith("ValueError: no such reward")
     assert service.members(job.id) == set()
 
