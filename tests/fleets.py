@@ -51,9 +51,11 @@ class Fleet:
 
 
 def change(model: nn.Module) -> None:
+    """All that is trained."""
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 1
+            if parameter.requires_grad:
+                parameter += 1
 
 
 def sync_until_all(fleet: Fleet, weights: ReplicatedWeights) -> None:

@@ -41,6 +41,13 @@ def serving(
 
 
 @pytest.fixture
+def service(tmp_path: Path) -> Iterator[WeightService]:
+    """With an engine of one worker."""
+    with serving(tmp_path) as service:
+        yield service
+
+
+@pytest.fixture
 def client(service: WeightService) -> Iterator[InferenceClient]:
     """Of the `service` that a test has."""
     with closing(InferenceClient(service.address)) as client, host_nccl.instead_of_nccl():

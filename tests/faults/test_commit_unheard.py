@@ -22,7 +22,9 @@ from torch import nn
 from inference_service.staging import Staging
 from tandem.errors import Reason, Unavailable
 from tests.faults.proxy import Proxy
-from tests.policies import LEASE_S, Engine, Policy, assert_same, engine, policy, service
+from tests.fleets import change
+from tests.integration.calls import until
+from tests.policies import LEASE_S, WAYS, Engine, Policy, assert_same, engine, policy, service
 from tests.weight_service import WeightService, idle, network
 from trainer_service import updates
 from trainer_service.client import InferenceClient
@@ -110,18 +112,8 @@ def far(
             service.kill()
 
 
-def until(happened: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
-    while not happened():
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
-def change(model: nn.Module) -> None:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 1
+def happens(what: Callable[[], bool]) -> None:
+    until(what, 10, "it does not happen")
 
 
 def in_the_first_commit(patch: pytest.MonkeyPatch, beside: Callable[[], None]) -> list[threading.Thread]:
@@ -138,23 +130,29 @@ def in_the_first_commit(patch: pytest.MonkeyPatch, beside: Callable[[], None]) -
     return begun
 
 
+def cut_in_the_middle(patch: pytest.MonkeyPatch, engine: Engine, wire: Proxy, weights: PolicyWeights) -> str:
+    """An update whose wire is cut once its version is there, and it is not at its end. Its state then."""
+    before, seen = engine.version, []
+
+    def cut() -> None:
+        happens(lambda: engine.version != before)
+        seen.append(engine.state)
+        wire.cut()
+
+    threads = in_the_first_commit(patch, cut)
+    weights.sync()
+    threads[0].join()
+    return seen[0]
+
+
 @pytest.mark.parametrize("engine_of", [slow_to_give_back, slow_to_go_on])
 def test_a_wire_that_is_cut_between_the_commit_and_its_end(
     monkeypatch: pytest.MonkeyPatch, engine_of: Callable[[nn.Module], Any]
 ) -> None:
     """The version is the new one, and the update still there: it is our own all the same."""
     with far(engine_of, mode="staged") as (engine, wire, weights, model):
-        before, seen = engine.version, []
-
-        def cut() -> None:
-            until(lambda: engine.version != before)
-            seen.append(engine.state)
-            wire.cut()
-
-        threads = in_the_first_commit(monkeypatch, cut)
-        weights.sync()
-        threads[0].join()
-        assert seen == ["STAGING" if engine_of is slow_to_give_back else "WRITING"]
+        state = cut_in_the_middle(monkeypatch, engine, wire, weights)
+        assert state == ("STAGING" if engine_of is slow_to_give_back else "WRITING")
         assert engine.version == weights.weight_version
         assert_same(engine, model)
 
@@ -167,17 +165,8 @@ def test_a_wire_that_is_cut_before_an_adapters_update_has_its_end(monkeypatch: p
             parameter.zero_()
     model: Any = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["0", "1"]))
     with far(slow_to_go_on_with_adapters, model, adapter="a") as (engine, wire, weights, _):
-        before, seen = engine.version, []
-
-        def cut() -> None:
-            until(lambda: engine.version != before)
-            seen.append(engine.state)
-            wire.cut()
-
-        threads = in_the_first_commit(monkeypatch, cut)
-        weights.sync()
-        threads[0].join()
-        assert seen == ["WRITING"]
+        before = engine.version
+        assert cut_in_the_middle(monkeypatch, engine, wire, weights) == "WRITING"
         assert engine.version == weights.weight_version == before + 2
 
 
@@ -187,7 +176,7 @@ def test_a_commit_that_takes_longer_than_a_lease_is_waited_for(monkeypatch: pyte
         before, begin, begun = engine.version, Session.begin, []
 
         def cut() -> None:
-            until(lambda: engine.paused)
+            happens(lambda: engine.paused)
             wire.cut()
 
         def begins(session: Session, *args: Any, **named: Any) -> Lease:
@@ -269,6 +258,35 @@ def test_a_service_that_stands_still_when_it_is_asked_is_noticed(
     assert_same(engine, model)
 
 
+@pytest.mark.parametrize(("transport", "dtype"), WAYS)
+def test_a_commit_of_which_nothing_was_heard_is_known_after_further_steps(
+    engine: Engine, policy: Policy, monkeypatch: pytest.MonkeyPatch, transport: str, dtype: torch.dtype
+) -> None:
+    """The policy is another by then; what was asked for is not forgotten with the sync that failed."""
+    model = network(dtype)
+    weights = policy(model, transport)
+    weights.sync()
+    before = engine.version
+    with pytest.raises(Unavailable, match="nobody answers"):
+        step_and_lose(model, weights, monkeypatch)
+    assert engine.version == before + 1
+    if not weights.aliased:  # else it needs the lease, which is another update
+        change(model)
+    weights.sync()
+    assert engine.version == weights.weight_version == before + 2
+    assert_same(engine, model)
+
+
+def step_and_lose(model: nn.Module, weights: PolicyWeights, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An update that is made, and whose service is not seen any more."""
+    with monkeypatch.context() as patch:
+        unheard(patch, LOST)
+        patch.setattr(InferenceClient, "wait_until_serving", _gone)
+        with weights.update():
+            change(model)
+        weights.sync()
+
+
 def test_a_commit_that_overtakes_the_last_attempt_is_known_for_our_own(
     engine: Engine, policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -322,13 +340,9 @@ def test_two_policies_never_have_one_number(
     model = network()
     weights = policy(model, "stream", timeout_s=30)
     weights.sync()
-    change(model)
-    with monkeypatch.context() as patch:
-        unheard(patch, LOST)
-        patch.setattr(InferenceClient, "wait_until_serving", _gone)
-        with pytest.raises(Unavailable, match="nobody answers"):
-            weights.sync()
-        first = engine.version, engine.digest
+    with pytest.raises(Unavailable, match="nobody answers"):
+        step_and_lose(model, weights, monkeypatch)
+    first = engine.version, engine.digest
     service.kill()
     service.start()
     engine.wait_until_serving(30)

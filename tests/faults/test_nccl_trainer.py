@@ -10,7 +10,6 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,7 +31,7 @@ from tests.over_nccl import (
     client,
     holds,
     now,
-    serving,
+    service,
     trainers,
     until_under_way,
 )
@@ -43,13 +42,7 @@ from trainer_service.weights import PolicyWeights
 from weight_transfer.transports import Sum
 from weight_transfer.transports.nccl import NcclTransport
 
-__all__ = ["client"]  # a fixture
-
-
-@pytest.fixture
-def service(tmp_path: Path) -> Iterator[WeightService]:
-    with serving(tmp_path) as service:
-        yield service
+__all__ = ["client", "service"]  # fixtures
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ What NCCL carries does not take this wire: it may all be there when the messages
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -15,37 +14,24 @@ import pytest
 
 from tandem.errors import Reason, TandemError, Unavailable
 from tandem.weights.v1 import weights_pb2 as pb
-from tests import host_nccl
 from tests.faults.proxy import Proxy
 from tests.host_nccl import write
-from tests.over_nccl import BUSY, LEASE_S, MODES, holds, now, serving, trainers
+from tests.over_nccl import BUSY, LEASE_S, MODES, client, holds, now, service, trainers
 from tests.weight_service import WeightService
 from trainer_service.client import InferenceClient
 from trainer_service.lease import Lease
 
+__all__ = ["client", "service"]  # fixtures
+
 #: Seconds until both sides know.
 NOTICED_S = LEASE_S + 2
-
-
-@pytest.fixture
-def service(tmp_path: Path) -> Iterator[WeightService]:
-    with serving(tmp_path) as service:
-        yield service
-
-
-@pytest.fixture
-def beside(service: WeightService) -> Iterator[InferenceClient]:
-    """A client with a wire of its own, which sees what the service says meanwhile."""
-    with closing(InferenceClient(service.address)) as client, host_nccl.instead_of_nccl():
-        client.wait_until_serving(20)
-        yield client
 
 
 @MODES
 @pytest.mark.parametrize("how", ["cut", "dead"])
 def test_a_wire_that_breaks_leaves_the_old_version_or_nothing(
     service: WeightService,
-    beside: InferenceClient,
+    client: InferenceClient,
     socket_folder: Path,
     mode: str,
     how: str,
@@ -57,12 +43,12 @@ def test_a_wire_that_breaks_leaves_the_old_version_or_nothing(
     send = Lease.send
     with (
         Proxy(f"{socket_folder}/front.sock", service.address.removeprefix("unix://")) as wire,
-        closing(InferenceClient(wire.address)) as client,
-        trainers(client) as make,
+        closing(InferenceClient(wire.address)) as far,
+        trainers(far) as make,
     ):
         model, weights = make(mode)
         weights.sync()
-        before, recover = now(beside).weight_version, weights._recover
+        before, recover = now(client).weight_version, weights._recover
 
         def breaks(lease: Lease, piece: Any) -> None:
             if not broke:
@@ -72,7 +58,7 @@ def test_a_wire_that_breaks_leaves_the_old_version_or_nothing(
 
         def recovers(*arguments: Any) -> None:
             assert time.monotonic() - broke[0] < NOTICED_S
-            while (after := now(beside)).state in BUSY:
+            while (after := now(client)).state in BUSY:
                 assert time.monotonic() - broke[0] < NOTICED_S
                 time.sleep(0.02)
             found.append((after.weight_version, after.state))
@@ -86,15 +72,15 @@ def test_a_wire_that_breaks_leaves_the_old_version_or_nothing(
         torn = mode == "in_place"
         state = pb.WEIGHT_STATE_TORN if torn else pb.WEIGHT_STATE_COMMITTED
         assert found == [(before, state)]
-        assert holds(beside, weights)
+        assert holds(client, weights)
 
 
 @MODES
 def test_a_commit_that_breaks_off_costs_one_attempt(
-    beside: InferenceClient, mode: str, monkeypatch: pytest.MonkeyPatch
+    client: InferenceClient, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The service has given up the communicator: the next begin comes with another."""
-    with trainers(beside) as make:
+    with trainers(client) as make:
         model, weights = make(mode)
         weights.sync()
         tried: list[str] = []
@@ -119,13 +105,13 @@ def test_a_commit_that_breaks_off_costs_one_attempt(
         write(model, 3)
         weights.sync()
         assert tried == ["it broke off"]
-        assert holds(beside, weights)
+        assert holds(client, weights)
 
 
 @MODES
 def test_a_slow_wire_is_only_slow(
     service: WeightService,
-    beside: InferenceClient,
+    client: InferenceClient,
     socket_folder: Path,
     mode: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -134,12 +120,12 @@ def test_a_slow_wire_is_only_slow(
     back = service.address.removeprefix("unix://")
     with (
         Proxy(f"{socket_folder}/slow.sock", back, delay_s=0.1) as wire,
-        closing(InferenceClient(wire.address)) as client,
-        trainers(client) as make,
+        closing(InferenceClient(wire.address)) as far,
+        trainers(far) as make,
     ):
         model, weights = make(mode)
         monkeypatch.setattr(weights, "_recover", lambda error, deadline: pytest.fail(error.message))
         for seed in range(3):
             write(model, seed)
             weights.sync()
-            assert holds(beside, weights)
+            assert holds(client, weights)

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from torch import nn
 
-from tests.faults.test_commit_unheard import HANGS_S, change, slow_to_stop, until
+from tests.faults.test_commit_unheard import HANGS_S, happens, slow_to_stop
+from tests.fleets import change
 from tests.policies import LEASE_S, Engine, assert_same, digest_of
 from tests.weight_service import WeightService, idle, network
 from trainer_service import session as session_module
@@ -83,7 +84,7 @@ def test_where_all_still_make_it_they_are_waited_for(monkeypatch: pytest.MonkeyP
             weights.catch_up()
             return len(weights.holding()) == 2
 
-        until(all_hold_it)
+        happens(all_hold_it)
         assert [(engine.version, engine.digest) for engine in engines] == [
             (weights.weight_version, digest_of(model))
         ] * 2
@@ -94,7 +95,7 @@ def test_an_interrupt_is_an_interrupt() -> None:
     with several([slow_to_stop, idle]) as (engines, weights, model):
 
         def interrupt() -> None:
-            until(lambda: engines[0].paused)
+            happens(lambda: engines[0].paused)
             os.kill(os.getpid(), signal.SIGINT)
 
         thread = threading.Thread(target=interrupt)

@@ -98,14 +98,6 @@ def test_a_wire_on_which_nothing_arrives_is_noticed(
         client.close()
 
 
-def step(model: torch.nn.Module, weights: PolicyWeights) -> None:
-    """Another policy, and its update."""
-    with weights.update(), torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 1
-    weights.sync()
-
-
 def looks_too_early(monkeypatch: pytest.MonkeyPatch, engine: Engine, commit: Callable[..., Any]) -> None:
     """A service that stood still makes the commit only after its trainer, which heard no answer, has asked it."""
     seen = [engine.get_model()]
@@ -138,40 +130,6 @@ def test_a_commit_that_is_made_after_the_service_was_asked_is_known_for_our_own(
                 parameter += 1
         weights.sync()
     assert engine.version == weights.weight_version == before + 2, "the second is ours, on top of the first"
-    assert_same(engine, model)
-
-
-@pytest.mark.parametrize(("transport", "dtype"), WAYS)
-def test_a_commit_of_which_nothing_was_heard_is_known_after_further_steps(
-    engine: Engine, policy: Policy, monkeypatch: pytest.MonkeyPatch, transport: str, dtype: torch.dtype
-) -> None:
-    """The policy is another by then; what was asked for is not forgotten with the sync that failed."""
-    model = network(dtype)
-    weights = policy(model, transport)
-    weights.sync()
-    before, commit, tried = engine.version, Lease.commit, []
-
-    def unheard(lease: Lease, *args: Any, **kwargs: Any) -> Any:
-        commit(lease, *args, **kwargs)
-        raise Unavailable(Reason.UNREACHABLE, "its answer was lost")
-
-    def gone(client: InferenceClient, *args: Any, **kwargs: Any) -> Any:
-        tried.append(client)
-        raise Unavailable(Reason.UNREACHABLE, "nobody answers")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Lease, "commit", unheard)
-        patched.setattr(InferenceClient, "wait_until_serving", gone)
-        with pytest.raises(Unavailable, match="nobody answers"):
-            step(model, weights)
-    assert tried
-    assert engine.version == before + 1
-    if not weights.aliased:  # else it needs the lease, which is another update
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter += 1
-    weights.sync()
-    assert engine.version == weights.weight_version == before + 2
     assert_same(engine, model)
 
 
