@@ -33,7 +33,7 @@ from benchmarks.colocate_peers import SIZES
 from benchmarks.measure import ROUNDS, WARM_UPS, end_in_order, percentiles, provenance
 from benchmarks.server_sparse import changes, passes
 from benchmarks.workload import Workload
-from tests.services import Service, inference_service
+from tests.services import Service, inference_service, on_devices
 from trainer_service.client import InferenceClient
 from trainer_service.weights import PolicyWeights
 from weight_transfer.cuda.nccl import Communicator, unique_id
@@ -108,7 +108,7 @@ def engine(
     """Our service on the first GPU."""
     arguments = {name: value for name, value in settings.items() if name != "cudagraph_capture_sizes"}
     graphs = {"cudagraph_capture_sizes": settings["cudagraph_capture_sizes"]}
-    environment = {"CUDA_VISIBLE_DEVICES": str(ENGINE_GPU), "TORCHDYNAMO_DISABLE": "0"}
+    environment = on_devices(ENGINE_GPU) | {"TORCHDYNAMO_DISABLE": "0"}
     return inference_service(
         model,
         folder,
@@ -285,7 +285,7 @@ class Served:
         """What its client needs, in a process that has the second GPU alone; or how it failed."""
         peer = ["-m", "benchmarks.server_peer", str(self.port), str(model), way]
         command = [sys.executable, "-W", "ignore", *peer]
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(TRAINER_GPU)}
+        environment = os.environ | on_devices(TRAINER_GPU)
         with tempfile.TemporaryFile("w+") as log, tempfile.TemporaryFile("w+") as out:
             try:
                 code = subprocess.run(
@@ -322,8 +322,7 @@ def vllm_serve(
             flags += ["--compilation-config", json.dumps({name: value})]
         else:
             flags += [f"--{name.replace('_', '-')}", str(value)]
-    environment = {
-        "CUDA_VISIBLE_DEVICES": str(ENGINE_GPU),
+    environment = on_devices(ENGINE_GPU) | {
         "VLLM_SERVER_DEV_MODE": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
     }

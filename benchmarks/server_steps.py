@@ -19,6 +19,7 @@ from benchmarks.colocate import keep, make, shared_memory
 from benchmarks.colocate_peers import SIZES, Peer
 from benchmarks.measure import end_in_order, provenance
 from benchmarks.server_mode import ENGINE, START_S, TRAINER_GPU, engine, vllm_serve
+from tests.services import on_devices
 
 #: For both engines: all rollouts of a step at once, and what `colocate_steps` asks for.
 SETTINGS = ENGINE | {
@@ -41,7 +42,7 @@ def main() -> None:
     found: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
     found |= {"provenance": provenance(), "gpus": [torch.cuda.get_device_name(i) for i in range(2)]}
     steps: dict[str, Any] = found.setdefault(options.size, {}).setdefault("grpo", {})
-    there = {"CUDA_VISIBLE_DEVICES": str(TRAINER_GPU)}
+    there = on_devices(TRAINER_GPU)
     with tempfile.TemporaryDirectory(prefix="tdm", dir=shared_memory()) as temporary:
         folder = Path(temporary)
         model = make(options.size, folder / "model")

@@ -19,6 +19,7 @@ from tandem.engine.v1.engine_pb2_grpc import EngineServiceStub
 from tandem.inference.v1.inference_pb2_grpc import InferenceServiceStub
 from tandem.rpc import connect
 from tandem.weights.v1.weights_pb2_grpc import WeightServiceStub
+from trainer_service.jobs import gpus
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -111,6 +112,12 @@ def _until_gone(group: int, seconds: float = 20) -> None:
     while left := alive():
         assert time.monotonic() < end, f"still there: {left}"
         time.sleep(0.02)
+
+
+def on_devices(*numbers: int) -> dict[str, str]:
+    """Environment of a process that is to have these of the devices that this one has."""
+    there = gpus.found()
+    return {"CUDA_VISIBLE_DEVICES": ",".join(there[number] for number in numbers)}
 
 
 @contextlib.contextmanager

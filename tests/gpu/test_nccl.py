@@ -23,7 +23,7 @@ from tandem.inference.v1 import inference_pb2 as pb
 from tandem.weights.v1 import weights_pb2
 from tests.gpu.engines import ENGINE
 from tests.gpu.test_colocate import RATE, assert_agrees, digest, digest_of
-from tests.services import ENVIRONMENT, Service, inference_service
+from tests.services import ENVIRONMENT, Service, inference_service, on_devices
 from trainer_service.client import InferenceClient
 from trainer_service.lease import Lease
 from trainer_service.weights import PolicyWeights
@@ -42,7 +42,7 @@ MODES = pytest.mark.parametrize("mode", ["in_place", "staged"])
 def service(checkpoint: Path) -> Iterator[Service]:
     with tempfile.TemporaryDirectory(prefix="tdm") as folder:
         with inference_service(
-            checkpoint, Path(folder), wait=False, environment={"CUDA_VISIBLE_DEVICES": "0"}, **ENGINE
+            checkpoint, Path(folder), wait=False, environment=on_devices(0), **ENGINE
         ) as service:
             service.wait_until("SERVING", 240)
             yield service

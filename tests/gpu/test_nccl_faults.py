@@ -23,7 +23,7 @@ from tests.faults.proxy import Proxy
 from tests.gpu.engines import ENGINE
 from tests.gpu.test_colocate import digest, digest_of
 from tests.gpu.test_nccl import MODES, service, state, until
-from tests.services import Service, inference_service
+from tests.services import Service, inference_service, on_devices
 from trainer_service.client import InferenceClient
 from trainer_service.lease import Lease
 from trainer_service.weights import PolicyWeights
@@ -130,7 +130,7 @@ class Supervised:
 
     def start(self) -> None:
         self._stack.close()
-        environment = {"CUDA_VISIBLE_DEVICES": "0"}
+        environment = on_devices(0)
         service = inference_service(
             self._checkpoint, self._folder, wait=False, environment=environment, **ENGINE
         )

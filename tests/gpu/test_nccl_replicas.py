@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.gpu.engines import ENGINE
 from tests.gpu.test_colocate import digest, digest_of
-from tests.services import Service, inference_service
+from tests.services import Service, inference_service, on_devices
 from trainer_service.client import InferenceClient
 from trainer_service.replicated import ReplicatedWeights
 from weight_transfer.cuda import several
@@ -31,13 +31,12 @@ pytestmark = [
 @pytest.fixture
 def services(checkpoint: Path) -> Iterator[list[Service]]:
     """Both on the first GPU, or on two where there are three."""
-    gpus = ["0", "2" if torch.cuda.device_count() > 2 else "0"]
+    gpus = [0, 2 if torch.cuda.device_count() > 2 else 0]
     with tempfile.TemporaryDirectory(prefix="tdm") as folder, ExitStack() as stack:
         started = []
         for n, gpu in enumerate(gpus):
             (place := Path(folder, str(n))).mkdir()
-            environment = {"CUDA_VISIBLE_DEVICES": gpu}
-            service = inference_service(checkpoint, place, wait=False, environment=environment, **ENGINE)
+            service = inference_service(checkpoint, place, wait=False, environment=on_devices(gpu), **ENGINE)
             started.append(stack.enter_context(service))
             started[-1].wait_until("SERVING", 240)  # one after the other: each looks at what memory is free
         yield started

@@ -20,7 +20,7 @@ from tandem.weights.v1 import weights_pb2
 from tests.gpu.engines import ENGINE
 from tests.gpu.test_colocate import assert_agrees, digest, digest_of
 from tests.gpu.test_nccl import MODES, state, until
-from tests.services import Service, inference_service
+from tests.services import Service, inference_service, on_devices
 from trainer_service.client import InferenceClient
 from trainer_service.updates import retryable
 from trainer_service.weights import PolicyWeights
@@ -37,7 +37,7 @@ def service(checkpoint: Path) -> Iterator[Service]:
     engine = ENGINE | {"tensor_parallel_size": 2}
     with tempfile.TemporaryDirectory(prefix="tdm") as folder:
         with inference_service(
-            checkpoint, Path(folder), wait=False, environment={"CUDA_VISIBLE_DEVICES": "0,1"}, **engine
+            checkpoint, Path(folder), wait=False, environment=on_devices(0, 1), **engine
         ) as service:
             service.wait_until("SERVING", 240)
             yield service

@@ -18,7 +18,7 @@ from tandem.weights.v1 import weights_pb2
 from tests.gpu.engines import ENGINE
 from tests.gpu.test_colocate import digest, digest_of
 from tests.ranks import of_script, succeeded, two_ranks
-from tests.services import Service, inference_service
+from tests.services import Service, inference_service, on_devices
 from trainer_service.client import InferenceClient
 from trainer_service.weights import PolicyWeights
 from weight_transfer.cuda.devices import uuid_of
@@ -34,7 +34,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1"}
 def service(checkpoint: Path) -> Iterator[Service]:
     engine = ENGINE | {"tensor_parallel_size": 2, "distributed_executor_backend": '"mp"'}
     with tempfile.TemporaryDirectory(prefix="tdm") as folder:
-        environment = {"CUDA_VISIBLE_DEVICES": "0,1"}
+        environment = on_devices(0, 1)
         with inference_service(
             checkpoint, Path(folder), wait=False, environment=environment, **engine
         ) as service:
