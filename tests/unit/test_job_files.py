@@ -143,6 +143,27 @@ def test_the_first_outcome_counts(folder: JobFolder) -> None:
     assert folder.outcome(2)[0] is Outcome.DIED
 
 
+def test_ranks_that_fail_at_once_tell_one_outcome_whole(
+    folder: JobFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the one tells is on its way to the disk when the other tells something shorter."""
+    told = ["the other rank failed, with what it says itself at some length", "no reward"]
+    sync, left = os.fsync, told[1:]
+
+    def meanwhile(descriptor: int) -> None:
+        if left:
+            folder.tell_outcome(1, Outcome.FAILED, left.pop())
+            assert folder.outcome(1) == (Outcome.FAILED, told[1])
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    folder.tell_outcome(1, Outcome.FAILED, told[0])
+    assert not left
+    assert folder.outcome(1)[0] is Outcome.FAILED
+    assert folder.outcome(1)[1] in told
+    assert list(folder.path.glob("*.new*")) == []
+
+
 def test_an_outcome_is_told_on_a_full_disk(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 1) as disk:
         folder = JobFolder(disk / "job")

@@ -201,8 +201,8 @@ def read_lines(path: Path, offset: int, limit: int, *, rest: bool = False) -> tu
 
 
 def _write(path: Path, text: str) -> None:
-    """Wholly, or not at all."""
-    aside = path.with_suffix(".new")
+    """Wholly, or not at all, also where another process writes the same file just then."""
+    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.new")
     try:
         with aside.open("w") as file:
             file.write(text)
