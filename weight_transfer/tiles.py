@@ -29,7 +29,10 @@ HEADER = 4
 ENTRY = 4
 BREAK_EVEN = 0.25
 """The share of a window's units from which on it travels whole. An entry is two units' bytes, so that bytes break even
-at one half; there changes would cost the time to find and to place them besides. To be measured between two GPUs."""
+at one half; there changes would cost the time to find and to place them besides."""
+STAGED_BREAK_EVEN = 0.125
+"""The same where an update is staged. Changes are placed one by one while generation is stopped, and a whole window is
+not: from here on what that costs the engine is more than what the trainer gains. docs/gpu.md has the figures."""
 CHANGES_BYTES = 1 << 30
 """Of a window of which changes travel. Each costs some tenths of a millisecond of either host's time, whatever it has.
 At worst three messages are in memory at once, each half as large."""
@@ -75,15 +78,17 @@ class Tiling:
         """Entries beyond which the window travels whole."""
         return math.floor(self.units * BREAK_EVEN)
 
-    def room(self, last: int | None) -> int:
+    def room(self, last: int | None, break_even: float = BREAK_EVEN) -> int:
         """For how many entries the next message shall have room, after one update with `last`, or none before.
 
-        What does not fit makes the window travel whole, and room that is not needed travels too.
+        What does not fit makes the window travel whole, and room that is not needed travels too. `break_even` is the
+        share of the units from which on it shall.
         """
-        if last is not None and last > self.most:
+        most = min(self.most, math.floor(self.units * break_even))
+        if last is not None and last > most:
             return 0
         wanted = self.units * _FIRST if last is None else last * _SLACK + _AT_LEAST
-        return min(self.most, math.ceil(wanted))
+        return min(most, math.ceil(wanted))
 
     def words(self, room: int) -> int:
         """Of a message with room for so many entries."""

@@ -27,7 +27,7 @@ from trainer_service.session import Session
 from trainer_service.weights import PolicyWeights
 from weight_transfer.arena import Arena
 from weight_transfer.sparse import bits
-from weight_transfer.tiles import BREAK_EVEN, HEADER, LAYOUT
+from weight_transfer.tiles import BREAK_EVEN, HEADER, LAYOUT, STAGED_BREAK_EVEN
 from weight_transfer.transports import nccl_sparse
 
 __all__ = ["client", "memory", "service", "trainer"]  # fixtures
@@ -109,14 +109,16 @@ def test_whatever_fails_on_the_way_what_is_committed_is_the_trainers(
 @MODES
 def test_few_changes_are_few_bytes_and_many_are_no_more_than_all(trainer: Any, mode: str) -> None:
     model, weights = trainer(mode)
-    dense = 2 * size(model)
+    dense, break_even = 2 * size(model), STAGED_BREAK_EVEN if mode == "staged" else BREAK_EVEN
     for seed, (share, least, most) in enumerate(
         [
             (0.0, dense, dense),  # the first is whole
             (0.01, 0, dense / 4),
             (0.01, 0, dense / 4),
-            (BREAK_EVEN * 1.5, dense, dense * 1.25),  # noticed when the room was sent
-            (BREAK_EVEN * 1.5, dense, dense * 1.05),
+            (break_even * 1.5, dense, dense * 1.25),  # noticed when the room was sent
+            (break_even * 1.5, dense, dense * 1.05),
+            (break_even * 0.7, 0, dense * 1.05),  # and that changes would do
+            (break_even * 0.7, 0, dense * 0.7),
         ]
     ):
         change(model, share, seed)

@@ -351,3 +351,5 @@ def test_room_follows_what_came_last() -> None:
     assert tiles.room(1000) == 1000 * 1.5 + 1024
     assert tiles.room(tiles.most) == tiles.most
     assert tiles.room(tiles.most + 1) == 0, "it travels whole, and is still looked at"
+    assert tiles.room(tiles.units // 10, 0.125) == tiles.units // 8
+    assert tiles.room(tiles.units // 8 + 1, 0.125) == 0

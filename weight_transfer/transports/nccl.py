@@ -11,6 +11,7 @@ from weight_transfer.cuda import nccl
 from weight_transfer.cuda.devices import require_kernels
 from weight_transfer.manifest import Manifest
 from weight_transfer.placement import Placement, check
+from weight_transfer.tiles import BREAK_EVEN, STAGED_BREAK_EVEN
 from weight_transfer.transports.base import (
     Handshake,
     Moved,
@@ -43,6 +44,7 @@ class NcclTransport(WeightTransport):
         ranks: int = 2,
         *,
         sparse: bool = False,
+        staged: bool = False,
     ) -> None:
         """Prepare; nothing is allocated before the first `move`.
 
@@ -53,6 +55,7 @@ class NcclTransport(WeightTransport):
             device: the trainer's GPU.
             ranks: of the communicator: this one, and those of the engine's workers.
             sparse: whether updates shall carry what changed alone, where a mirror stands. That takes a second one.
+            staged: whether the engine keeps them beside its weights until the commit.
 
         Raises:
             ValueError: a tensor cannot travel so.
@@ -63,6 +66,7 @@ class NcclTransport(WeightTransport):
         cut = tuple(windows(placed, window_bytes))
         self.layout = Layout(manifest, placed, tuple(arena_sizes), cut, device)
         self._ranks, self._sparse = ranks, sparse
+        self._break_even = STAGED_BREAK_EVEN if staged else BREAK_EVEN
         self._outgoing: Outgoing | None = None
         self._communicator: nccl.Communicator | None = None
         self._id = b""
@@ -86,6 +90,7 @@ class NcclTransport(WeightTransport):
             device,
             handshake.ranks,
             sparse=handshake.partial,
+            staged=handshake.staged,
         )
 
     @property
@@ -185,4 +190,4 @@ class NcclTransport(WeightTransport):
     def _chosen(self, policy: Sequence[SourceTensor]) -> Outgoing:
         if not mirrored(self._manifest, policy):
             return Buckets(self.layout)
-        return SparseMirror(self.layout) if self._sparse else Mirror(self.layout)
+        return SparseMirror(self.layout, self._break_even) if self._sparse else Mirror(self.layout)

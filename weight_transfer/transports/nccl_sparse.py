@@ -16,7 +16,7 @@ from weight_transfer.cuda.several import Several
 from weight_transfer.digest import finished
 from weight_transfer.messages import MessageMemory, unsigned
 from weight_transfer.patches import Find, find
-from weight_transfer.tiles import ENTRY, HEADER, finer, tilings
+from weight_transfer.tiles import BREAK_EVEN, ENTRY, HEADER, finer, tilings
 from weight_transfer.transports.base import SourceTensor
 from weight_transfer.transports.outgoing import TRAINER, Layout, Mirror, nothing_travels, spans_of
 
@@ -47,8 +47,9 @@ class SparseMirror(Mirror):
     engine has, and the next update is whole: nothing that changed is lost.
     """
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, break_even: float = BREAK_EVEN) -> None:
         """As `Mirror`. Raises ValueError for a policy of which changes cannot be told."""
+        self._break_even = break_even
         self._finer = finer(layout.cut, layout.placements)
         self._tilings = tilings(self._finer, layout.placements)
         super().__init__(layout)
@@ -152,7 +153,10 @@ class SparseMirror(Mirror):
 
     def _look(self, communicator: Communicator, alive: Callable[[], None]) -> None:
         """Look for changes, and send them. Nothing waits for the host: a message has the room that was told first."""
-        rooms = [tiling.room(n) for tiling, n in zip(self._tilings, self._last, strict=True)]
+        rooms = [
+            tiling.room(last, self._break_even)
+            for tiling, last in zip(self._tilings, self._last, strict=True)
+        ]
         words = [tiling.words(room) for tiling, room in zip(self._tilings, rooms, strict=True)]
         messages = self._memory_of_messages.of(words)
         told = torch.tensor(rooms, dtype=torch.int64).to(self._device)
