@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -34,6 +35,13 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
         "max": ranked[-1],
         "n": len(ranked),
     }
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def cpu_seconds(pid: int) -> float:

@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.colocate import digest_of, keep, make, served_digest
 from benchmarks.colocate_peers import SIZES
-from benchmarks.measure import ROUNDS, WARM_UPS, end_in_order, percentiles, provenance
+from benchmarks.measure import ROUNDS, WARM_UPS, end_in_order, free_port, percentiles, provenance
 from benchmarks.server_sparse import changes, passes
 from benchmarks.workload import Workload
 from tests.services import Service, inference_service, on_devices
@@ -306,9 +306,7 @@ def vllm_serve(
     model: Path, folder: Path, settings: dict[str, Any] = ENGINE, backend: str = "nccl"
 ) -> Iterator[Served]:
     """`vllm serve` on the first GPU, as TRL starts it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     flags = [
         "--weight-transfer-config",
         json.dumps({"backend": backend}),

@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.colocate_peers import timed
-from benchmarks.measure import ROUNDS, WARM_UPS, percentiles
+from benchmarks.measure import ROUNDS, WARM_UPS, free_port, percentiles
 from benchmarks.server_sparse import change
 from weight_transfer.sparse import bits
 
@@ -30,7 +30,10 @@ def main(port: str, path: str, way: str = "dense") -> dict[str, Any]:
 
     policy: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
     policy.to("cuda")
-    client: Any = VLLMClient(base_url=f"http://127.0.0.1:{port}", connection_timeout=120)
+    # Not the port that it has by itself: another run on this host may have that.
+    client: Any = VLLMClient(
+        base_url=f"http://127.0.0.1:{port}", group_port=free_port(), connection_timeout=120
+    )
     client.init_communicator(device=0)
 
     if way == "sparse":
