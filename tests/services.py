@@ -80,8 +80,8 @@ class Service:
             time.sleep(0.05)
 
     def tail(self) -> str:
-        """The end of its log."""
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-40:])
+        """The end of its log. What a worker of an engine says is far above how engine, and then service, end."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-160:])
 
     def children(self) -> list[int]:
         """Process ids of what it started, at any depth."""
