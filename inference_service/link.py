@@ -90,6 +90,10 @@ class Link:
         # Whoever has not answered those yet will not, or says what nobody waits for.
         self._asked = {n: asked for n, asked in self._asked.items() if not asked.answer.done()}
 
+    def drop(self) -> None:
+        """Tell the workers that what they hold beside the weights will not be installed. There is no answer."""
+        self._say({"do": "drop"})
+
     async def answered(self, answer: Answer) -> dict[str, Any]:
         """Wait for an answer as long as the workers say that they are there.
 

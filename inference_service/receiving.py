@@ -50,6 +50,7 @@ class Receiving:
         self._over: list[Window] = []  # all of the stage
         self._changes: tuple[int, Changes] | None = None
         self._communicator: nccl.Communicator | None = None
+        self._prepared = False  # all is beside the live weights, and waits for `install` or `drop`
 
     def join(self, id: bytes, *, staged: bool, window: int) -> dict[str, Any]:
         """Join the communicator of that id, and have memory for what will come. Without an id the last one is kept.
@@ -72,7 +73,9 @@ class Receiving:
         communicator, landing = self._communicator, self._landing(staged, window)
         if communicator is None:
             raise RuntimeError("the last update's communicator was given up")
-        return {"digest": f"{combine(landing.take(communicator, self._pulse)):016x}"}
+        digest = combine(landing.take(communicator, self._pulse))
+        self._prepared = staged
+        return {"digest": f"{digest:016x}"}
 
     def changes(self, *, staged: bool, window: int) -> dict[str, Any]:
         """Take what changed since the live weights' version. Returns the policy's digest, in hexadecimal.
@@ -90,6 +93,7 @@ class Receiving:
             self._drop_stage()
         arenas = self._beside_live if staged else lambda: self._held.arenas
         parts = self._changes[1].receive(self._communicator, self._pulse, arenas, staged=staged)
+        self._prepared = staged
         return {"digest": f"{combine(parts):016x}"}
 
     def install(self) -> dict[str, Any]:
@@ -109,10 +113,19 @@ class Receiving:
                 target.copy_(source)
         if (device := self._held.arenas[0].device).type == "cuda":
             torch.cuda.current_stream(device).synchronize()
+        self._prepared = False
         return {}
 
+    def drop(self) -> None:
+        """What was staged will not be installed."""
+        self._prepared = False
+
     def rest(self) -> None:
-        """Give back what the next update can have anew in no time: the memory beside the live weights."""
+        """Give back what the next update can have anew in no time: the memory beside the live weights. But not while
+        what is there shall be installed, however long that takes: replicas wait for one another.
+        """
+        if self._prepared:
+            return
         self._drop_stage()
         self._drop_changes()
         if self._crew.manifest is not None:  # of which buckets are a part
@@ -123,6 +136,7 @@ class Receiving:
         communicator, self._communicator = self._communicator, None
         if communicator is not None:
             communicator.abort()
+        self.drop()
         self.rest()
 
     def close(self) -> None:
@@ -134,8 +148,12 @@ class Receiving:
         """What takes its time, as compiling kernels does, in a thread, with signs of life meanwhile."""
 
         def made() -> T:
-            with nccl.own_stream(self._held.arenas[0].device):
-                return make()
+            device = self._held.arenas[0].device
+            with nccl.own_stream(device):
+                found = make()
+                if device.type == "cuda":  # who asked has another stream
+                    torch.cuda.current_stream(device).synchronize()
+                return found
 
         with ThreadPoolExecutor(1) as thread:
             making = thread.submit(made)
@@ -159,11 +177,12 @@ class Receiving:
         return self._stage
 
     def _landing(self, staged: bool, window: int) -> Landing:
-        if staged:
-            self._beside_live()
+        if staged and not self._stage:
+            self._pulsed(self._beside_live)
         kept = self._beside if staged else self._live
         if kept is None or kept[0] != window:
-            kept = window, self._made(self._stage if staged else self._held.arenas, window)
+            arenas = self._stage if staged else self._held.arenas
+            kept = window, self._pulsed(lambda: self._made(arenas, window))
         if staged:
             self._beside = kept
         else:

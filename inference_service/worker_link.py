@@ -25,8 +25,12 @@ class _EndedError(Exception):
     """The order was taken back."""
 
 
+class _GoneError(Exception):
+    """The service has let go, or is gone."""
+
+
 class WorkerLink:
-    """Carries out one order after the other. `abort` takes back the one under way, and is not answered."""
+    """Carries out one order after the other. `abort` takes back the one under way; it and `drop` are not answered."""
 
     def __init__(
         self, held: HeldWeights, path: str, before: WorkerLink | None = None, crew: Crew | None = None
@@ -55,8 +59,8 @@ class WorkerLink:
             with own_stream(self._device):
                 while True:
                     self._carry_out(self._next())
-        except OSError:
-            return  # the service has let go, or is gone
+        except _GoneError:
+            return
         finally:
             self._receiving.close()
             self._line.close()
@@ -75,12 +79,15 @@ class WorkerLink:
                 case "abort":
                     self._receiving.leave()
                     return
+                case "drop":
+                    self._receiving.drop()
+                    return
                 case other:
                     raise RuntimeError(f"no order is called {other!r}")
         except _EndedError:
             self._receiving.leave()
             found = {"error": "the update has ended"}
-        except OSError:
+        except _GoneError:
             raise
         except Exception as error:  # noqa: BLE001  # told
             self._receiving.leave()
@@ -104,18 +111,24 @@ class WorkerLink:
             raise _EndedError
 
     def _hear(self, seconds: float) -> bool:
-        if not select.select([self._line], [], [], seconds)[0]:
-            return False
-        more = self._line.recv(1 << 16)
+        try:
+            if not select.select([self._line], [], [], seconds)[0]:
+                return False
+            more = self._line.recv(1 << 16)
+        except OSError as error:
+            raise _GoneError from error
         if not more:
-            raise OSError("the service is gone")
+            raise _GoneError
         *lines, self._read = (self._read + more).split(b"\n")
         self._orders += map(json.loads, lines)
         return True
 
     def _say(self, what: dict[str, Any]) -> None:
         self._beaten = time.monotonic()
-        self._line.sendall(json.dumps(what).encode() + b"\n")
+        try:
+            self._line.sendall(json.dumps(what).encode() + b"\n")
+        except OSError as error:
+            raise _GoneError from error
 
 
 def _how(order: dict[str, Any]) -> dict[str, Any]:

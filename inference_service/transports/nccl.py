@@ -41,7 +41,7 @@ class OverNccl(Incoming):
         self._link = invitation.link
         self._staged = not in_place
         self._order = "changes" if partial else "receive"
-        self._opened = False
+        self._opened = self._installed = False
         self._received: asyncio.Task[dict[str, Any]] | None = None
 
     async def open(self) -> None:
@@ -87,6 +87,7 @@ class OverNccl(Incoming):
     async def install(self) -> None:
         if self._staged:
             await self._link.answered(self._link.order("install"))
+            self._installed = True
 
     def release(self) -> None:
         received = self._received
@@ -95,5 +96,7 @@ class OverNccl(Incoming):
         )
         if self._opened and not whole:
             self._link.abort()
+        elif whole and self._staged and not self._installed:
+            self._link.drop()
         if received is not None:
             received.cancel()

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from inference_service import worker_link
 from inference_service.arenas import HostArenas
 from tandem.errors import DataLoss, InvalidArgument, Reason
 from tests import host_nccl
@@ -45,6 +46,12 @@ def on_a_gpu_that_meets_nobody(model: nn.Module) -> Any:
 
     nccl.Communicator = fails  # type: ignore[assignment,misc]
     return made
+
+
+def on_a_gpu_that_rests_soon(model: nn.Module) -> Any:
+    """One whose worker gives memory back that it does not need for a fifth of a second."""
+    worker_link._IDLE_S = 0.2
+    return on_a_gpu(model)
 
 
 def on_a_gpu_the_other_way_round(model: nn.Module) -> Any:
@@ -180,6 +187,28 @@ def test_replicas_of_different_layouts(fleet: Any, dtype: torch.dtype) -> None:
     assert four.weights.transport == "nccl_stream"
     kinds = [type(outgoing) for _, outgoing in four.weights._fleet._outgoing]
     assert kinds == ([Mirror, Buckets] if dtype == torch.bfloat16 else [Buckets, Buckets])
+
+
+def test_one_that_is_prepared_keeps_what_it_has_until_all_are(
+    fleet: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes by NCCL are there long before those that are streamed."""
+    two = fleet(on_a_gpu_that_rests_soon, idle)
+    two.weights.sync()
+    assert two.ways() == ["nccl", "stream"]
+    change(two.model)
+    send, waited = Member.send, []
+
+    def slowly(member: Member, piece: Any) -> None:
+        if not waited:
+            waited.append(time.sleep(1.0))
+        send(member, piece)
+
+    monkeypatch.setattr(Member, "send", slowly)
+    two.weights.sync()
+    assert waited
+    assert two.holding(0, 1)
+    assert two.ways() == ["nccl", "stream"]
 
 
 def test_parameters_are_the_trainers_own_again(fleet: Any) -> None:

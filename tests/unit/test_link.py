@@ -14,9 +14,12 @@ import structlog
 
 from inference_service import worker_link
 from inference_service.link import SILENT_S, Link
+from inference_service.receiving import Receiving
+from inference_service.transports.nccl import Invitation, OverNccl
 from inference_service.worker_link import WorkerLink
 from tandem.errors import Aborted, DataLoss, Reason
 from tests.weight_service import engine_arenas, network
+from weight_transfer.cuda import nccl
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +46,13 @@ class Orders:
 
     def rest(self) -> None:
         self.done.append("rest")
+
+    def drop(self) -> None:
+        self.done.append("drop")
+
+    def install(self) -> dict[str, Any]:
+        self.done.append("install")
+        return {}
 
     def leave(self) -> None:
         self.done.append("leave")
@@ -163,6 +173,59 @@ async def test_memory_that_only_updates_need_goes_back_when_none_comes(
     async with asyncio.timeout(5):
         while "rest" not in worker.orders.done:  # noqa: ASYNC110  # it happens in a thread
             await asyncio.sleep(0.01)
+
+
+async def test_an_order_that_fails_in_the_system_is_told_as_any_other(link: Link, worker: Worker) -> None:
+    def fails() -> dict[str, Any]:
+        raise PermissionError(13, "Permission denied", "arena")
+
+    worker.orders.does = fails
+    with pytest.raises(Aborted, match=r"PermissionError: \[Errno 13\] Permission denied"):
+        await link.answered(link.order("join", id="", staged=True, window=64))
+    worker.orders.does = dict
+    await link.answered(link.order("join", id="", staged=True, window=64))
+    assert worker.orders.done == ["join", "leave", "join"]
+
+
+async def test_what_will_not_be_installed_is_dropped_without_an_answer(link: Link, worker: Worker) -> None:
+    link.drop()
+    await link.answered(link.order("join", id="", staged=True, window=64))
+    assert worker.orders.done == ["drop", "join"]
+
+
+@pytest.mark.parametrize("ends", ["installed", "given up"])
+async def test_what_was_staged_whole_is_installed_or_dropped(link: Link, worker: Worker, ends: str) -> None:
+    worker.orders.does = lambda: {"digest": "1f"}
+    incoming = OverNccl(Invitation(link, "s", bytes(128), 64, pytest.fail), in_place=False, partial=False)
+    await incoming.open()
+    incoming.expect()
+    await incoming.arrived()
+    await incoming.check(0x1F)
+    if ends == "installed":
+        await incoming.install()
+    incoming.release()
+    await link.answered(link.order("join", id="", staged=True, window=64))
+    last = "install" if ends == "installed" else "drop"
+    assert worker.orders.done == ["join", "receive", last, "join"]
+
+
+async def test_a_worker_that_prepares_for_long_says_that_it_is_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As one does for thousands of experts on several GPUs."""
+    made, worker = Receiving._made, Worker()
+
+    def slowly(receiving: Receiving, arenas: Any, window: int) -> Any:
+        time.sleep(SILENT_S + 0.5)
+        return made(receiving, arenas, window)
+
+    monkeypatch.setattr(Receiving, "_made", slowly)
+    monkeypatch.setattr(nccl, "Communicator", lambda *_: SimpleNamespace(abort=lambda: None))
+    link = Link(worker)  # type: ignore[arg-type]
+    await link.open()
+    await link.answered(link.order("join", id="00" * 128, staged=False, window=64))
+    link.close()
+    await asyncio.to_thread(worker.links[-1]._thread.join, 10)
 
 
 async def test_without_a_worker_nothing_is_waited_for(worker: Worker) -> None:
