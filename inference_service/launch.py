@@ -56,6 +56,7 @@ class ModelInfo:
     max_logprobs: int
     vllm_version: str
     reference_model: str = ""
+    sleep_mode: bool = False
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,7 @@ def _launch(model: str, arguments: dict[str, Any], reference: str, fixed: bool) 
         max_logprobs=model_config.max_logprobs,
         vllm_version=vllm.__version__,
         reference_model=reference,
+        sleep_mode=model_config.enable_sleep_mode,
     )
     return Launched(llm, info, stats)
 

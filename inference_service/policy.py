@@ -32,6 +32,8 @@ log = structlog.get_logger(__name__)
 
 FIRST_VERSION = 1
 _MAX_REASON = 500
+#: A trainer's numbers are less: those that follow by themselves have as many again, in 63 bits.
+_NUMBERS = 2**62
 
 T = TypeVar("T")
 
@@ -139,8 +141,10 @@ class Policy:
         if way.partial and self._torn:
             raise self.torn_error()
         number = base_version + 1 if new_version is None else new_version
-        if not base_version < number < 2**63:
+        if number <= base_version:
             raise invalid("begin.new_version", f"must be above the base version {base_version}, got {number}")
+        if new_version is not None and new_version >= _NUMBERS:
+            raise invalid("begin.new_version", f"must be less than {_NUMBERS}, got {new_version}")
         self.require_life()
         update = self._update = Update(self, number, way, in_flight=in_flight, writer=writer)
         try:

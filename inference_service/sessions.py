@@ -36,6 +36,8 @@ from weight_transfer.windows import MIRROR_BYTES, WINDOW_BYTES, windows
 log = structlog.get_logger(__name__)
 
 ATTACH_SECONDS = 4.0  # less than trainers wait for a session that another may have left behind
+# A trainer reads and checks every block before it comes: those of thousands of experts on many GPUs take seconds.
+_ATTACH_SECONDS_PER_BLOCK = 1e-4
 MAX_STREAM_SESSIONS = 64
 
 
@@ -178,6 +180,10 @@ class Sessions:
             return "the engine's worker has no NCCL of version 2.18 or later"
         if not version:
             return "the trainer has no NCCL of version 2.18 or later, or not its whole policy on one GPU"
+        if version != self._arenas.nccl:  # it joins with no other
+            return (
+                f"the trainer's NCCL is {_release(version)}, and the engine's {_release(self._arenas.nccl)}"
+            )
         if set(identity.gpu_uuids) & set(self._arenas.gpus):
             return "the trainer is on the engine's GPU, which NCCL takes once"
         return ""
@@ -265,8 +271,12 @@ class Sessions:
             session.here -= 1
             self._end(session, reason)
 
+    def _attach_seconds(self) -> float:
+        blocks = sum(len(placement.blocks) for placement in self._arenas.placements)
+        return ATTACH_SECONDS + _ATTACH_SECONDS_PER_BLOCK * blocks
+
     async def _expire(self, session: Session) -> None:
-        await asyncio.sleep(ATTACH_SECONDS)
+        await asyncio.sleep(self._attach_seconds())
         if not session.attached:
             who = f"{session.ranks - session.joined} of the trainer's {session.ranks} ranks"
             self._end(
@@ -280,3 +290,8 @@ class Sessions:
             self._shared = None
         log.info("session ended", session=session.id, reason=reason)
         session.end(reason)
+
+
+def _release(version: int) -> str:
+    """NCCL's version as people write it, from what ncclGetVersion tells: 22809 is 2.28.9."""
+    return f"{version // 10000}.{version // 100 % 100}.{version % 100}"

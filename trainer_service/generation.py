@@ -88,6 +88,10 @@ class RemoteGeneration(VLLMGeneration):
                 "vllm_max_model_length",
                 f"{wanted} is more than the service's max_model_len, {info.max_model_len}",
             )
+        if self.enable_sleep_mode and not info.sleep_mode:
+            raise invalid(
+                "vllm_enable_sleep_mode", "the service's engine was started without enable_sleep_mode"
+            )
         if self.structured_outputs_regex is not None and self.generation_kwargs.get("structured_outputs"):
             logger.warning("structured_outputs_regex takes precedence over generation_kwargs.")
         self._sampling()  # bad parameters are told now, not when the first batch is ready

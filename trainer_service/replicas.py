@@ -85,7 +85,7 @@ class Replicas:
     ) -> pb.GetModelResponse:
         """Wait until the state of any replica is one of `accept`; what the one with the newest weights serves.
 
-        Its context is the shortest of all that are accepted. Raises as InferenceClient's.
+        Its context is the shortest of all that are accepted, and it can sleep if all can. Raises as InferenceClient's.
         """
         end = time.monotonic() + timeout_s
         while True:
@@ -104,6 +104,7 @@ class Replicas:
             if found:
                 newest = max(found, key=lambda model: model.weight_version)
                 newest.max_model_len = min(model.max_model_len for model in found)
+                newest.sleep_mode = all(model.sleep_mode for model in found)
                 return newest
             if left <= 0:
                 message = f"No replica is serving after {timeout_s:.0f} s: {'; '.join(why)}"

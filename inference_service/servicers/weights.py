@@ -137,8 +137,8 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
                 writer=session if session.transport == SHARED and way.in_place else None,
                 new_version=begin.new_version if begin.HasField("new_version") else None,
             )
-            # To join a communicator takes both sides: one that is silent then does not come.
-            update = await (trainer.heard_during(beginning, _lost) if begin.nccl_id else beginning)
+            # It may take as long as a rollout, or NCCL's joining, which a silent trainer does not come to.
+            update = await trainer.heard_during(beginning, _lost)
             async with _Lease(update) as lease:
                 if reason := trainer.has_gone:  # before it was told that it may write
                     # What comes by NCCL is on its way.

@@ -125,12 +125,16 @@ class Session:
 
     def begin(self, base: int | None = None, **fields: Any) -> Update:
         """Open an update, which is ready when this returns."""
-        base = self.version if base is None else base
         timeout = fields.pop("timeout", TIMEOUT_S)
         update = Update(self.stub, timeout)
-        update.send(begin=pb.BeginUpdate(session_id=self.id, base_version=base, **fields))
+        update.send(begin=self.beginning(base, **fields))
         update.expect("ready")
         return update
+
+    def beginning(self, base: int | None = None, **fields: Any) -> pb.BeginUpdate:
+        """An update's first message."""
+        base = self.version if base is None else base
+        return pb.BeginUpdate(session_id=self.id, base_version=base, **fields)
 
     def update(self, tensors: Tensors) -> int:
         """A whole update of `tensors`, whichever way they move. Returns the version."""

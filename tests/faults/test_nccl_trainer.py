@@ -166,6 +166,12 @@ def test_the_service_chooses_by_what_both_have(client: InferenceClient) -> None:
     with pytest.raises(FailedPrecondition, match="the trainer has no NCCL") as refused:
         asked.open()
     assert refused.value.reason == Reason.TRANSPORT_UNAVAILABLE
+    host_nccl.nccl.version = lambda: 22703
+    weights.sync()
+    assert weights.transport == "stream"
+    with pytest.raises(FailedPrecondition, match=r"trainer's NCCL is 2\.27\.3, and the engine's 2\.28\.0"):
+        asked.open()
+    weights.detach()
 
 
 @MODES

@@ -11,10 +11,11 @@ import pytest
 
 from inference_service import sessions as sessions_module
 from inference_service.session import Session
-from inference_service.sessions import Sessions
+from inference_service.sessions import ATTACH_SECONDS, Sessions
 from inference_service.transports import SHARED, STREAM
 from tandem.errors import FailedPrecondition, NotFound, Reason
 from tests.session_sockets import SPECS, Make, attach, close, ended, shared, started
+from trainer_service.updates import HELD_S
 from weight_transfer.identity import ProcessIdentity
 
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -74,6 +75,16 @@ async def test_a_rank_that_never_fetches_the_descriptors_ends_the_session(
         await attach(sessions, session.token)
     connection.close()
     await until(lambda: not session.alive)
+
+
+async def test_ranks_of_a_large_model_have_the_time_to_read_it(make: Make) -> None:
+    """It took 8 s to read and check a mixture's 300,000 blocks, on one of the ranks."""
+    sessions = await make()
+    placements = sessions._arenas.placements
+    few = sessions._attach_seconds()
+    assert ATTACH_SECONDS < few < HELD_S
+    sessions._arenas.placements = placements * (300_000 // sum(len(p.blocks) for p in placements))
+    assert sessions._attach_seconds() > ATTACH_SECONDS + 16
 
 
 async def test_each_rank_must_be_where_memory_can_be_shared(make: Make) -> None:

@@ -25,6 +25,58 @@ def test_each_reason_is_told_with_how_many_and_one_of_them() -> None:
     )
 
 
+def test_parameters_for_which_there_is_no_room_have_it_once_the_engines_memory_is_let_go(
+    engine: Engine, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the host holds meanwhile is what they were, and the session is over."""
+    model = network(torch.bfloat16)
+    weights = policy(model, "shared")
+    weights.sync()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    session, clone, cloned = weights._session, torch.Tensor.clone, []
+    assert session is not None
+    arenas = session.transport._arenas  # type: ignore[attr-defined]
+
+    def full(tensor: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
+        if cloned and arenas:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        cloned.append(tensor)
+        return clone(tensor, *arguments, **named)
+
+    monkeypatch.setattr(torch.Tensor, "clone", full)
+    weights.detach()
+    monkeypatch.undo()
+    assert len(cloned) == 1 < len(before)
+    assert arenas == []
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)  # it is nobody else's
+    again = policy(network(torch.bfloat16), "shared")
+    again.sync()  # the lease is free
+    assert again.aliased
+
+
+def test_a_device_without_room_in_an_update_is_an_error_that_changes_nothing(
+    engine: Engine, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where another model takes the place of the first, whose parameters then get memory of their own."""
+    model = network(torch.bfloat16)
+    weights = policy(model, "shared")
+    weights.sync()
+    transport: Any = weights._session.transport  # type: ignore[union-attr]
+    held = dict(transport.aliased)
+
+    def full(*_: Any, **__: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.Tensor, "clone", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        transport._let_go_of_others(set())
+    monkeypatch.undo()
+    assert transport.aliased == held
+
+
 @pytest.mark.parametrize(
     ("dtype", "mode", "reason"),
     [

@@ -42,13 +42,18 @@ class Service:
         self.waited = 0
         self.state = ServingState.SERVING_STATE_SERVING
         self.woken = 0
+        self.sleeps = False
         self.versions = [3]  # of the engine, one after the other; the last one stays
 
     def wait_until_serving(self, timeout_s: float, **_: object) -> pb.GetModelResponse:
         self.waited += 1
         version = self.versions.pop(0) if len(self.versions) > 1 else self.versions[0]
         return pb.GetModelResponse(
-            max_model_len=64, logprobs_mode="raw_logprobs", weight_version=version, state=self.state
+            max_model_len=64,
+            logprobs_mode="raw_logprobs",
+            weight_version=version,
+            state=self.state,
+            sleep_mode=self.sleeps,
         )
 
     def wake_up(self) -> None:
@@ -97,6 +102,14 @@ def test_the_two_places_where_trl_looks_inside() -> None:
     assert generation(Service(), max_model_length=32).llm.llm_engine.model_config.max_model_len == 32
     with pytest.raises(InvalidArgument, match="vllm_max_model_length"):
         generation(Service(), max_model_length=65)
+
+
+def test_an_engine_that_cannot_sleep_is_found_out_before_the_first_batch() -> None:
+    service = Service()
+    with pytest.raises(InvalidArgument, match="vllm_enable_sleep_mode"):
+        generation(service, enable_sleep_mode=True)
+    service.sleeps = True
+    generation(service, enable_sleep_mode=True)
 
 
 @pytest.mark.parametrize(("state", "woken"), [("SERVING", 0), ("ASLEEP", 1), ("TORN", 1)])

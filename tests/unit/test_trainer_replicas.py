@@ -324,7 +324,12 @@ def test_what_is_served_is_what_the_newest_serves(replicas: Replicas, services: 
     services[1].model.weight_version = 7
     services[2].model.max_model_len = 32
     model = replicas.wait_until_serving(60)
-    assert (model.weight_version, model.max_model_len) == (7, 32)
+    assert (model.weight_version, model.max_model_len, model.sleep_mode) == (7, 32, False)
+    for service in services[1:]:
+        service.model.sleep_mode = True
+    assert not replicas.wait_until_serving(60).sleep_mode, "one cannot"
+    services[0].model.sleep_mode = True
+    assert replicas.wait_until_serving(60).sleep_mode
     assert replicas.get_model().weight_version == 7
     services[1].model.state = engine_pb2.SERVING_STATE_LOADING
     assert replicas.wait_until_serving(60).weight_version == 1

@@ -161,23 +161,41 @@ class SharedTransport(WeightTransport):
             parts[self._manifest.positions[source.name]] = digest
 
     def close(self) -> None:
-        self._let_go_of_others(set())
-        self._homes = ([], [])
-        self._settled = False
-        self._again = None
-        self._watch.stop()
-        self._arenas.clear()
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+        aside: list[tuple[torch.nn.Parameter, torch.device]] = []
+        try:
+            self._let_go_of_others(set(), aside)
+        finally:
+            self._homes = ([], [])
+            self._settled = False
+            self._again = None
+            self._watch.stop()
+            self._arenas.clear()
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+        for parameter, device in aside:  # which has room for them now
+            parameter.data = parameter.data.to(device)
 
-    def _let_go_of_others(self, kept: set[int]) -> None:
-        """Give parameters that are not among these, by `id`, memory of their own, with the same values."""
+    def _let_go_of_others(
+        self, kept: set[int], aside: list[tuple[torch.nn.Parameter, torch.device]] | None = None
+    ) -> None:
+        """Give parameters that are not among these, by `id`, memory of their own, with the same values.
+
+        Those for which their device has no room go into host memory, and with that device into `aside`; without that
+        it is an error.
+        """
         for key in self._aliased.keys() - kept:
-            parameter = self._aliased.pop(key)
-            self._unwatched = True
+            parameter = self._aliased[key]
             if self._is_ours(parameter):
-                parameter.data = parameter.data.clone()
+                try:
+                    parameter.data = parameter.data.clone()
+                except torch.OutOfMemoryError:
+                    if aside is None:
+                        raise
+                    aside.append((parameter, parameter.device))
+                    parameter.data = parameter.data.to("cpu", copy=True)
+            del self._aliased[key]
+            self._unwatched = True
 
     def _in_place(self, source: SourceTensor) -> bool:
         """Whether the source is the engine's memory already. A parameter may have been given other memory
