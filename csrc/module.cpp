@@ -21,6 +21,17 @@ using namespace pybind11::literals;
 namespace {
 
 using Release = py::call_guard<py::gil_scoped_release>;
+
+// To give a device's memory back waits for all that the device does: other threads go on meanwhile.
+struct Unlocked {
+    template <typename T>
+    void operator()(T* owned) const {
+        py::gil_scoped_release release;
+        delete owned;
+    }
+};
+template <typename T>
+using Owned = std::unique_ptr<T, Unlocked>;
 using Strides = std::vector<std::int64_t>;
 using JobTuple =
     std::tuple<std::uintptr_t, std::string, Strides, std::uintptr_t, std::string, Strides, Strides>;
@@ -70,8 +81,9 @@ PYBIND11_MODULE(_core, m) {
         "The weight plane's C++: arenas of host and device memory, batched cast-and-scatter, digest, NCCL.";
     py::register_local_exception_translator(raise_os_error);
 
-    py::class_<tandem::HostArena>(m, "HostArena", py::buffer_protocol(),
-                                  "Sealed shared memory; its buffer is writable and keeps it alive.")
+    py::class_<tandem::HostArena, Owned<tandem::HostArena>>(
+        m, "HostArena", py::buffer_protocol(),
+        "Sealed shared memory; its buffer is writable and keeps it alive.")
         .def_static("create", &tandem::HostArena::create, "name"_a, "size"_a, Release())
         .def_static("open", &tandem::HostArena::open, "fd"_a, "size"_a, Release())
         .def("forget", &tandem::HostArena::forget, Release())
@@ -85,7 +97,8 @@ PYBIND11_MODULE(_core, m) {
                                    static_cast<py::ssize_t>(self.size()), false);
         });
 
-    py::class_<tandem::DeviceArena>(m, "DeviceArena", "Shared memory of a CUDA device.")
+    py::class_<tandem::DeviceArena, Owned<tandem::DeviceArena>>(m, "DeviceArena",
+                                                                "Shared memory of a CUDA device.")
         .def_static("create", &tandem::DeviceArena::create, "device"_a, "size"_a, Release())
         .def_static("open", &tandem::DeviceArena::open, "fd"_a, "device"_a, "size"_a, Release())
         .def_static("adopt", &tandem::DeviceArena::adopt, "address"_a, "device"_a, "size"_a, Release())

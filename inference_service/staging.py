@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 
 import torch
 
+from inference_service import passing
 from tandem.errors import FailedPrecondition, Reason, Violation, invalid
 from weight_transfer.arena import Arena
 from weight_transfer.digest import combine, digest_tensors
 from weight_transfer.manifest import Manifest, TensorSpec
 from weight_transfer.placement import Placement, packed
+from weight_transfer.write import copy
+
+#: Of a device's memory that an install needs beside the weights.
+PIECE_BYTES = 32 << 20
 
 
 class Staging:
@@ -86,6 +92,38 @@ class MappedStaging(Staging):
         self._used = False
         if self._over:
             super().release()
+
+
+def taken(path: str, size: int) -> Arena:
+    """The staging arena that the service offers at `path`."""
+    (fd,) = passing.take(path)
+    try:
+        return Arena.open(fd, size)
+    finally:
+        os.close(fd)
+
+
+def unstage(
+    staged: Arena, offsets: Mapping[str, int], placements: Sequence[Placement], arenas: Sequence[Arena]
+) -> None:
+    """Write a staging arena's tensors to their places in an engine's arenas.
+
+    By way of little of a device's memory, piece by piece: the KV cache may have the rest, and by now nothing may fail.
+    """
+    for placement in placements:
+        spec = placement.spec
+        tensor = staged.tensor(offsets[spec.name], spec.shape, getattr(torch, spec.dtype))
+        for source, place in placement.pairs(arenas, tensor):
+            for part, there in zip(_pieces(source), _pieces(place), strict=True):
+                copy([(part.to(there.device), there)])
+
+
+def _pieces(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Rows of it, as many at once as `PIECE_BYTES` has room for, or one."""
+    if tensor.nbytes <= PIECE_BYTES or not tensor.ndim:
+        return [tensor]
+    rows = max(1, PIECE_BYTES * len(tensor) // tensor.nbytes)
+    return [tensor[at : at + rows] for at in range(0, len(tensor), rows)]
 
 
 def next_piece(

@@ -6,18 +6,15 @@ Arguments and results are plain values, as vLLM's message passing wants them.
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from inference_service import loader, orphans, passing
-from inference_service.staging import tensors_in
-from weight_transfer.arena import Arena
+from inference_service.staging import taken, tensors_in, unstage
 from weight_transfer.cuda import nccl
 from weight_transfer.digest import combine
 from weight_transfer.manifest import Manifest, TensorSpec
-from weight_transfer.write import copy
 
 if TYPE_CHECKING:
     from inference_service.worker_adapters import WorkerAdapters
@@ -84,14 +81,7 @@ class TandemWorker:
     def tandem_write(self, path: str, size: int, offsets: dict[str, int]) -> None:
         """Write what the service staged in the memory that it offers at `path`, where each tensor has its offset."""
         held: loader.HeldWeights = self._tandem_model().tandem
-        (fd,) = passing.take(path)
-        staged = Arena.open(fd, size)
-        os.close(fd)
-        for placement in held.placements:
-            spec = placement.spec
-            tensor = staged.tensor(offsets[spec.name], spec.shape, getattr(torch, spec.dtype))
-            # To the device whole, and there to its place.
-            copy(placement.pairs(held.arenas, tensor.to(held.arenas[0].device)))
+        unstage(taken(path, size), offsets, held.placements, held.arenas)
         self.tandem_settle()
 
     def tandem_link(
@@ -121,10 +111,7 @@ class TandemWorker:
     ) -> None:
         """Take an adapter's weights, which the service staged, and change nothing yet."""
         manifest = Manifest(tuple(TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in specs))
-        (fd,) = passing.take(path)
-        staged = Arena.open(fd, size)
-        os.close(fd)
-        tensors = zip(manifest, tensors_in(staged, manifest), strict=True)
+        tensors = zip(manifest, tensors_in(taken(path, size), manifest), strict=True)
         self._tandem_adapters().prepare(number, {spec.name: tensor.clone() for spec, tensor in tensors})
 
     def tandem_adapter_swap(self, name: str, number: int, path: str) -> None:

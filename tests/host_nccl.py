@@ -24,22 +24,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from inference_service import passing, sessions
+from inference_service import sessions
 from inference_service.arenas import EngineArenas, Handle, HostArenas
 from inference_service.device_arenas import DeviceArenas
+from inference_service.staging import taken, unstage
 from inference_service.worker_link import WorkerLink
 from tests.weight_service import IdleEngine, engine_arenas, network
 from trainer_service import session
 from trainer_service.client import InferenceClient
 from trainer_service.lease import Lease
 from trainer_service.weights import PolicyWeights
-from weight_transfer.arena import Arena
 from weight_transfer.cuda import nccl
 from weight_transfer.digest import combine
 from weight_transfer.reading import Reading
 from weight_transfer.transports import Sum
 from weight_transfer.transports.nccl import NcclTransport
-from weight_transfer.write import copy
 
 ENGINE_GPU = "GPU-engine"
 WINDOW_BYTES = 64
@@ -235,13 +234,7 @@ class NcclEngine(IdleEngine):
 
 def _write_staged(held: Any, path: str, size: int, offsets: dict[str, int]) -> None:
     """What a worker does with it."""
-    (fd,) = passing.take(path)
-    staged = Arena.open(fd, size)
-    os.close(fd)
-    for placement in held.placements:
-        spec = placement.spec
-        tensor = staged.tensor(offsets[spec.name], spec.shape, getattr(torch, spec.dtype))
-        copy(placement.pairs(held.arenas, tensor))
+    unstage(taken(path, size), offsets, held.placements, held.arenas)
 
 
 def on_a_gpu(

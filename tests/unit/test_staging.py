@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import itertools
 import os
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from inference_service import staging as staging_module
 from inference_service.arenas import HostArenas
-from inference_service.staging import MappedStaging, Staging
+from inference_service.staging import MappedStaging, Staging, unstage
 from tandem.errors import DataLoss, FailedPrecondition, InvalidArgument, Reason
-from weight_transfer.arena import Arena
+from weight_transfer.arena import Arena, align
 from weight_transfer.digest import combine, digest_tensors
 from weight_transfer.manifest import Manifest, TensorSpec
 from weight_transfer.placement import Block, Placement, contiguous_strides
@@ -83,6 +85,40 @@ def test_what_was_staged_reaches_its_own_place() -> None:
     arenas.write(staging.complete())
     assert all(torch.equal(p.gather(arenas.arenas), v) for p, v in zip(placements, values(), strict=False))
     assert arenas.digest() == staging.digest()
+
+
+@pytest.mark.parametrize("piece", [1, 40, 1 << 20])
+def test_a_worker_takes_it_through_little_memory(monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
+    """Row by row, a few at once, or whole: to places that are ranges, strided, a part of another's, or empty."""
+    monkeypatch.setattr(staging_module, "PIECE_BYTES", piece)
+    specs = [
+        TensorSpec(name, "float32", shape)
+        for name, shape in {"a": (6, 4), "b": (), "c": (0, 4), "d": (4, 4)}.items()
+    ]
+    manifest = Manifest(tuple(specs))
+    staging = Staging(manifest)
+    values = [torch.randn(spec.shape) for spec in specs]
+    for tensor, value in zip(staging._tensors(), values, strict=True):
+        tensor.copy_(value)
+    arena, offset, placements = Arena.create("engine", 1 << 12), 0, []
+    for spec in specs:
+        strides = contiguous_strides(spec.shape)
+        turned = strides[::-1] if spec.name == "d" else strides
+        placements.append(Placement(spec, (Block(0, offset, turned, 0, strides, spec.shape),)))
+        offset += align(max(spec.nbytes, 1))
+    largest: list[int] = []
+    to = torch.Tensor.to
+
+    def noted(tensor: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        largest.append(tensor.nbytes)
+        return to(tensor, *arguments)
+
+    monkeypatch.setattr(torch.Tensor, "to", noted)
+    offsets = {spec.name: at for spec, at in zip(manifest, manifest.offsets, strict=False)}
+    unstage(staging.arena, offsets, placements, [arena])
+    assert max(largest) <= max(piece, 16)
+    for placement, value in zip(placements, values, strict=True):
+        assert torch.equal(placement.gather([arena]), value)
 
 
 def test_ranks_that_differ_have_no_digest() -> None:

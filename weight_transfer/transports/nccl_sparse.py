@@ -28,7 +28,8 @@ class _Search:
     """The changes of an update, looked for and put on their way.
 
     rooms, counts: for how many changes each window's message has room, and how many it has; int64, in device memory.
-    sums: the tensors' digest sums. sent: reached when each message is there. done: when all was looked at.
+    sums: the tensors' digest sums. sent: reached when each message is there. done: when all was looked at, which the
+    first `awaited` of those come before.
     """
 
     rooms: list[int]
@@ -36,6 +37,7 @@ class _Search:
     counts: torch.Tensor
     sums: torch.Tensor
     sent: list[torch.cuda.Event]
+    awaited: int
     done: torch.cuda.Event
     nbytes: int
 
@@ -182,7 +184,8 @@ class SparseMirror(Mirror):
             finally:
                 nbytes = told.nbytes + ENTRY * sum(words)
                 self._follow = communicator.follow
-                self._search = _Search(rooms, told, counts, sums, sent, communicator.mark(), nbytes)
+                awaited = max(0, len(sent) - messages.slots)
+                self._search = _Search(rooms, told, counts, sums, sent, awaited, communicator.mark(), nbytes)
 
     def _see_through(
         self,
@@ -192,6 +195,10 @@ class SparseMirror(Mirror):
         told: Callable[[list[int]], None],
     ) -> list[int]:
         with communicator.beside():
+            for event in search.sent[
+                : search.awaited
+            ]:  # one by one: a slow wire is not one that stands still
+                communicator.wait(event)
             communicator.wait(search.done)
             counts = search.counts.tolist()
             whole = [k for k, (n, room) in enumerate(zip(counts, search.rooms, strict=True)) if n > room]
