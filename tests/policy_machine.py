@@ -35,6 +35,7 @@ class Engine:
         self.dead = False
         self.holders: set[str] = set()
         self.calls: list[str] = []
+        self.settled: list[bool] = []  # whether it was asked to have its kernels done when it was halted
         self.failing: dict[str, BaseException] = {}
         self.hanging: dict[str, tuple[asyncio.Event, asyncio.Event]] = {}
         self.llm = self
@@ -50,6 +51,7 @@ class Engine:
             raise
 
     async def halt(self, who: str, mode: str = "keep", *, settle: bool = False) -> asyncio.Future[None]:
+        self.settled.append(settle)
         await self.pause(who, mode, settle=settle)
         return await self.forget()
 

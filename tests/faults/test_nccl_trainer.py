@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -64,6 +65,34 @@ def test_each_update_is_the_trainers_to_the_bit(
         assert weights.bytes_moved == 2 * sum(parameter.numel() for parameter in model.parameters())
         assert holds(client, weights)
     assert [update.weight_version for update in weights.history] == [2, 3, 4, 5]
+
+
+@MODES
+def test_an_adapter_goes_merged_and_leaves_the_base_as_it_is(client: InferenceClient, mode: str) -> None:
+    """Base and delta are added up in the bucket. The trainer's parameters stay where and what they are."""
+
+    def adapted(dtype: torch.dtype) -> Any:
+        return peft.get_peft_model(network(dtype), peft.LoraConfig(r=2, target_modules=["0", "1"]))  # type: ignore[arg-type]
+
+    with trainers(client, adapted) as make:
+        model, weights = make(mode)
+        base = {n: (p.data_ptr(), p.clone()) for n, p in model.named_parameters() if "base_layer" in n}
+        deltas = [p for n, p in model.named_parameters() if "lora_" in n]
+        digests = set()
+        for seed in range(3):
+            torch.manual_seed(seed)
+            for delta in deltas:
+                delta.data.normal_()
+            weights.sync()
+            assert weights.transport == "nccl"
+            assert holds(client, weights)
+            digests.add(now(client, digest=True).digest)
+            assert weights.bytes_moved == 2 * sum(p.numel() for p in network().parameters())
+        assert len(digests) == 3
+        for name, parameter in model.named_parameters():
+            if name in base:
+                assert parameter.data_ptr() == base[name][0]
+                assert torch.equal(parameter, base[name][1])
 
 
 def test_one_communicator_serves_all_updates(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

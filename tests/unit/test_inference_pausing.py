@@ -53,6 +53,25 @@ async def test_generation_goes_on_when_the_last_has_let_go(engine: Any, core: Co
     assert core.told[-1] == "resume"
 
 
+@pytest.mark.parametrize("mode", ["keep", "wait"])
+async def test_who_shall_write_is_told_to_only_when_kernels_are_done(
+    engine: Any, core: Core, mode: str
+) -> None:
+    async def collective_rpc(method: str, *_: Any, **__: Any) -> list[None]:
+        core.told.append(f"called {method}")
+        await asyncio.sleep(0.05)
+        core.told.append(f"done {method}")
+        return [None]
+
+    engine.llm.collective_rpc = collective_rpc
+    await engine.halt("a", mode)
+    assert not any("settle" in told for told in core.told), "nobody asked"
+    await engine.release("a")
+    engine._rest.stir()
+    await engine.halt("update", mode, settle=True)
+    assert "done tandem_settle" in core.told
+
+
 @pytest.mark.parametrize("mode", ["wait", "abort"])
 async def test_nobody_reaches_into_what_another_holds(engine: Any, core: Core, mode: str) -> None:
     await engine.pause("update")

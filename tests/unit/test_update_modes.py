@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from inference_service.arenas import HostArenas
 from inference_service.device_arenas import DeviceArenas
 from inference_service.memory import HEADROOM, free_bytes
 from inference_service.modes import Modes
@@ -40,6 +41,17 @@ def test_what_is_not_chosen_depends_on_free_memory() -> None:
         assert modes.in_place("") is in_place
         assert modes.in_place("staged") is False
         assert modes.in_place("in_place") is True
+
+
+@pytest.mark.parametrize("gpus", [(), ("GPU-1",)])
+async def test_an_engine_on_a_gpu_has_its_kernels_done_before_anybody_writes(
+    monkeypatch: pytest.MonkeyPatch, gpus: tuple[str, ...]
+) -> None:
+    plane = Plane()
+    monkeypatch.setattr(HostArenas, "gpus", gpus)
+    update = await plane.policy.begin(plane.policy.version, Way(SHARED, in_place=True))
+    assert plane.engine.settled == [bool(gpus)]
+    await update.abort(untouched=True, reason="seen")
 
 
 def test_what_streams_to_a_gpu_or_is_an_adapter_is_staged() -> None:
