@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -64,24 +64,38 @@ class Pausing(Control):
         else:
             await self._controlled(self._pause(who, mode, clear_cache, settle))
 
-    async def halt(self, who: str, mode: PauseMode = "keep", *, settle: bool = False) -> asyncio.Future[None]:
+    async def halt(
+        self,
+        who: str,
+        mode: PauseMode = "keep",
+        *,
+        settle: bool = False,
+        keep_cache: Callable[[], bool] = lambda: False,
+    ) -> asyncio.Future[None]:
         """`pause`, but what is cached is forgotten only when the future is done that this returns.
 
-        Of an engine that had nothing to do since it last stood still, it waits for nothing.
+        It is kept where `keep_cache` says so, which is asked once the engine stands still. Of an engine that had
+        nothing to do since it last stood still, it waits for nothing.
         """
         self._rests, self._settles = _RESTS, settle
         if mode == "wait":
             await self.pause(who, mode, settle=settle)
             return await self.forget()
-        return await self._controlled(self._halt(who, mode, settle))
+        return await self._controlled(self._halt(who, mode, settle, keep_cache))
 
-    async def _halt(self, who: str, mode: PauseMode, settle: bool) -> asyncio.Future[None]:
+    async def _halt(
+        self, who: str, mode: PauseMode, settle: bool, keep_cache: Callable[[], bool]
+    ) -> asyncio.Future[None]:
         if self._rest.lasts(settled=settle):
             self._check_alone(who, mode)
             self._overtake()
             self._pausers.add(who)
         else:
             await self._pause(who, mode, False, settle)
+        if keep_cache():
+            kept: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            kept.set_result(None)
+            return kept
         return await self.forget()
 
     async def forget(self) -> asyncio.Future[None]:

@@ -28,7 +28,8 @@ class Request:
     """One rollout, or one sequence to score, to ask the engine for.
 
     prompt: vLLM's prompt (a TokensPrompt). params: vLLM's SamplingParams, which requests may share. seed: of this one.
-    one_version: whether it ends at a commit, with the tokens that it has.
+    one_version: whether it ends at a commit, with the tokens that it has. keeps_cache: whether it may go on there upon
+    what older versions have cached.
     """
 
     id: str
@@ -38,6 +39,7 @@ class Request:
     lora: Adapter | None = None
     seed: int | None = None
     one_version: bool = False
+    keeps_cache: bool = False
 
 
 @dataclass
@@ -46,6 +48,7 @@ class Track:
 
     added: bool = False
     one_version: bool = False
+    keeps_cache: bool = False
     stopped: bool = False  # at a commit, as it was asked to be
     marks: list[tuple[int, int]] = field(default_factory=list)  # (first token, version)
     error: TandemError | None = None
@@ -78,6 +81,7 @@ class Rollouts:
         self._version = version
         self._running: dict[str, Track] = {}
         self._failed: TandemError | None = None
+        self._epoch = 0  # what is cached in one is for nobody of the next
         self._stopping: set[asyncio.Task[None]] = set()
 
     @property
@@ -108,6 +112,16 @@ class Rollouts:
             stopping = asyncio.ensure_future(self._engine.llm.abort(stopped))
             self._stopping.add(stopping)
             stopping.add_done_callback(self._stopping.discard)
+
+    def keep_cache(self) -> bool:
+        """Whether an engine that stands still for a new version may keep what it has cached: all that it will go on
+        with has asked for that. From here on nobody else finds it, which is not to be had for pictures.
+        """
+        tracks = self._running.values()
+        kept = bool(tracks) and all(track.keeps_cache for track in tracks)
+        kept = kept and not self._engine.llm.vllm_config.model_config.is_multimodal_model
+        self._epoch += kept
+        return kept
 
     async def fail(self, error: TandemError) -> None:
         """End everything that runs with `error`, and what comes until the next version."""
@@ -194,7 +208,9 @@ class Rollouts:
     async def _one(self, request: Request, entering: _Entrance) -> AsyncGenerator[Piece, None]:
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        track = self._running[request.id] = Track(one_version=request.one_version, marks=[(0, self._version)])
+        track = self._running[request.id] = Track(
+            one_version=request.one_version, keeps_cache=request.keeps_cache, marks=[(0, self._version)]
+        )
         first, sent, ended = True, 0, False
         using = ExitStack()
         try:
@@ -254,11 +270,12 @@ class Rollouts:
 
         Pictures and what comes with an encoder need that, and grammars, since to check one may take long.
         """
+        salt = {"cache_salt": str(self._epoch)} if self._epoch else {}
         if request.prompt.keys() != {"prompt_token_ids"} or request.params.structured_outputs is not None:
-            return request.prompt
+            return request.prompt | salt
         if self._engine.llm.vllm_config.model_config.is_encoder_decoder:
-            return request.prompt
-        return {"type": "token", **request.prompt}
+            return request.prompt | salt
+        return {"type": "token", **request.prompt, **salt}
 
 
 def _given_up(request: Request, tokens: int) -> TandemError:

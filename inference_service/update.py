@@ -64,7 +64,8 @@ class Update:
             self._forgotten = await engine.forget()
         else:
             on_device = bool(self._policy.arenas.gpus)
-            self._forgotten = await engine.halt(_UPDATE, self._in_flight, settle=on_device)
+            keep = self._policy.rollouts.keep_cache
+            self._forgotten = await engine.halt(_UPDATE, self._in_flight, settle=on_device, keep_cache=keep)
         # Until now it went on with the step that it was in.
         self._stopped_at = time.perf_counter()
 

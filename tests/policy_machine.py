@@ -50,7 +50,9 @@ class Engine:
             self.holders.discard(who)
             raise
 
-    async def halt(self, who: str, mode: str = "keep", *, settle: bool = False) -> asyncio.Future[None]:
+    async def halt(
+        self, who: str, mode: str = "keep", *, settle: bool = False, keep_cache: Any = None
+    ) -> asyncio.Future[None]:
         self.settled.append(settle)
         await self.pause(who, mode, settle=settle)
         return await self.forget()

@@ -74,7 +74,9 @@ class IdleEngine:
     def paused(self) -> bool:
         return bool(self.holders)
 
-    async def halt(self, who: str, mode: str = "keep", *, settle: bool = False) -> asyncio.Future[None]:
+    async def halt(
+        self, who: str, mode: str = "keep", *, settle: bool = False, keep_cache: Any = None
+    ) -> asyncio.Future[None]:
         self.holders.add(who)
         return await self.forget()
 

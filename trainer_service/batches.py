@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tandem import rpc
-from tandem.errors import Internal, Reason
+from tandem.errors import Internal, Reason, invalid
 from tandem.inference.v1 import inference_pb2 as pb
 
 
@@ -18,8 +18,9 @@ class Wanted:
     logprobs: whether each token's is sent. text: whether the text is. lora: a loaded adapter to sample with.
     min_weight_version: no token is of an older one. version_wait_s: how many seconds the service waits for that version
     before it refuses the call; None for as long as the call may last. one_version: whether rollouts that a commit finds
-    under way end there. prompt_ids: whether the first rollout of each prompt has the prompt's token ids, as the engine
-    has them.
+    under way end there. keep_cache: whether they may go on there upon what the engine has cached of them, which is of
+    older versions; they are read anew where not all that runs may. prompt_ids: whether the first rollout of each prompt
+    has the prompt's token ids, as the engine has them.
     """
 
     logprobs: bool = True
@@ -28,6 +29,7 @@ class Wanted:
     min_weight_version: int = 0
     version_wait_s: float | None = None
     one_version: bool = False
+    keep_cache: bool = False
     prompt_ids: bool = False
 
     def request(self, prompts: Sequence[pb.Prompt], sampling: pb.SamplingParams) -> pb.GenerateRequest:
@@ -41,11 +43,18 @@ class Wanted:
             no_logprobs=not self.logprobs,
             lora=self.lora,
             min_weight_version=self.min_weight_version,
-            on_commit=pb.ON_COMMIT_STOP if self.one_version else pb.ON_COMMIT_UNSPECIFIED,
+            on_commit=self._on_commit(),
         )
         if self.version_wait_s is not None:
             request.max_version_wait.FromNanoseconds(round(self.version_wait_s * 1e9))
         return request
+
+    def _on_commit(self) -> pb.OnCommit:
+        if self.one_version and self.keep_cache:
+            raise invalid("keep_cache", "rollouts of one version end at a commit, and keep nothing")
+        if self.one_version:
+            return pb.ON_COMMIT_STOP
+        return pb.ON_COMMIT_CONTINUE_CACHED if self.keep_cache else pb.ON_COMMIT_UNSPECIFIED
 
 
 class Sampling:

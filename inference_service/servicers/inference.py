@@ -100,6 +100,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                             lora=lora,
                             seed=own,
                             one_version=request.on_commit == pb.ON_COMMIT_STOP,
+                            keeps_cache=request.on_commit == pb.ON_COMMIT_CONTINUE_CACHED,
                         )
                     )
                     places.append((i, j))

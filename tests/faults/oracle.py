@@ -94,7 +94,14 @@ class Rollouts:
     before that finds the rollouts running, however slow this process is.
     """
 
-    def __init__(self, service: Service, max_tokens: int = 200, timeout: float = 60, stop: int = 0) -> None:
+    def __init__(
+        self,
+        service: Service,
+        max_tokens: int = 200,
+        timeout: float = 60,
+        stop: int = 0,
+        on_commit: pb.OnCommit = pb.ON_COMMIT_UNSPECIFIED,
+    ) -> None:
         self.tokens: list[list[int]] = [[] for _ in PROMPTS]
         self.logprobs: list[list[float]] = [[] for _ in PROMPTS]
         self.spans: list[list[tuple[int, int]]] = [[] for _ in PROMPTS]
@@ -111,6 +118,7 @@ class Rollouts:
             prompts=[pb.Prompt(token_ids=pb.TokenIds(ids=ids)) for ids in PROMPTS],
             sampling=pb.SamplingParams(max_tokens=max_tokens, ignore_eos=True, seed=7),
             output_mode=pb.OUTPUT_MODE_DELTAS,
+            on_commit=on_commit,
         )
         self._call = service.inference.Generate(request, timeout=timeout)
         self._thread = threading.Thread(target=self._read)

@@ -17,6 +17,7 @@ from torch import nn
 
 from tandem.engine.v1 import engine_pb2
 from tandem.errors import Aborted, Reason, Unavailable
+from tandem.inference.v1 import inference_pb2 as pb
 from tests.faults import oracle, raw
 from tests.faults.oracle import EXACT, OTHER, Rollouts
 from tests.integration import calls
@@ -79,10 +80,12 @@ def thaw_once_asked_to_pause(service: Service, rollouts: Rollouts) -> None:
     rollouts.thaw()
 
 
-def running(service: Service, latest: int | None = None) -> Rollouts:
+def running(
+    service: Service, latest: int | None = None, on_commit: pb.OnCommit = pb.ON_COMMIT_UNSPECIFIED
+) -> Rollouts:
     """Rollouts that are under way, and whose engine stands still, after `latest` tokens of each at most."""
     for _ in range(20):
-        rollouts = Rollouts(service, stop=8)
+        rollouts = Rollouts(service, stop=8, on_commit=on_commit)
         if rollouts.frozen(latest):
             return rollouts
         rollouts.join()
@@ -182,6 +185,62 @@ def test_no_token_is_computed_from_what_another_version_cached(
         tokens = ids[:-40] + list(after.token_ids)
         expected = logprobs_over(new, tokens)[len(ids) - 41 :]
         assert (torch.tensor(after.logprobs) - expected).abs().max() < EXACT
+
+
+@pytest.mark.parametrize("transport", [raw.SHARED, raw.STREAM], ids=["shared", "stream"])
+def test_who_asks_for_it_goes_on_upon_what_is_cached_and_nobody_else(
+    service: Service, old: nn.Module, new: nn.Module, transport: int
+) -> None:
+    session, tensors = open_session(service, new, transport)
+    with session:
+        version = session.version
+        rollouts = running(service, on_commit=pb.ON_COMMIT_CONTINUE_CACHED)
+        update_midway(service, session, rollouts, tensors)
+        rollouts.join()
+    assert rollouts.error is None
+    for i, prompt in enumerate(oracle.PROMPTS):
+        counts = rollouts.by_version(i)
+        assert set(counts) == {version, version + 1}, "the update did not come in the middle"
+        ids, first = prompt + rollouts.tokens[i], len(prompt) + counts[version]
+        # The last token of the old version is read by the new one, as what it samples from.
+        expected = logprobs_over(new, ids, first - 1, old)
+        here = torch.tensor(rollouts.logprobs[i][counts[version] :])
+        assert (here - expected).abs().max() < EXACT
+        assert (logprobs_over(new, ids)[first - 1 :] - expected).abs().max() > 0.1
+        asked = calls.request(calls.ids(ids[:-40]), sampling={"temperature": 0, "max_tokens": 40})
+        for cached in (False, True):
+            (after,) = calls.Reading(service, asked).end()
+            tokens = ids[:-40] + list(after.token_ids)
+            wanted = logprobs_over(new, tokens)[len(ids) - 41 :]
+            assert (torch.tensor(after.logprobs) - wanted).abs().max() < EXACT
+            assert bool(after.num_cached_prompt_tokens) is (cached and len(ids) - 40 > BLOCK)
+
+
+def test_one_who_does_not_ask_for_it_has_all_read_anew(
+    service: Service, old: nn.Module, new: nn.Module
+) -> None:
+    session, tensors = open_session(service, new, raw.STREAM)
+    with session:
+        version = session.version
+        for _ in range(20):
+            other = Rollouts(service, max_tokens=240)
+            rollouts = Rollouts(service, stop=8, on_commit=pb.ON_COMMIT_CONTINUE_CACHED)
+            if rollouts.frozen() and not any(other.finish):
+                break
+            rollouts.thaw()
+            rollouts.join()
+            other.join()
+        update_midway(service, session, rollouts, tensors)
+        for one in (rollouts, other):
+            one.join()
+    for i, prompt in enumerate(oracle.PROMPTS):
+        for one in (rollouts, other):
+            counts = one.by_version(i)
+            assert set(counts) == {version, version + 1}, "the update did not come in the middle"
+            first = len(prompt) + counts[version]
+            expected = logprobs_over(new, prompt + one.tokens[i])[first - 1 :]
+            here = torch.tensor(one.logprobs[i][counts[version] :])
+            assert (here - expected).abs().max() < EXACT
 
 
 def test_several_updates_within_one_rollout(

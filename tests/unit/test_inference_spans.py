@@ -9,7 +9,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inference_service.rollouts import Rollouts, Track
+from inference_service.rollouts import Request, Rollouts, Track
 
 
 class Engine:
@@ -95,6 +95,31 @@ async def test_what_is_to_be_of_one_version_ends_at_a_commit_with_what_it_has() 
     assert tracks["goes on"].spans(0, 5) == [(4, 3), (5, 2)]
     assert tracks["has ended"].spans(0, 7) == [(4, 7)]
     assert tracks["has no token"].spans(0, 2) == [(5, 2)]
+
+
+def test_the_cache_is_kept_where_all_that_runs_may_go_on_upon_it_and_nobody_else_finds_it() -> None:
+    engine: Any = Engine()
+    config = SimpleNamespace(is_multimodal_model=False, is_encoder_decoder=False)
+    engine.llm.vllm_config = SimpleNamespace(model_config=config)
+    rollouts = Rollouts(engine, 4)
+    request = Request("r", {"prompt_token_ids": [1]}, SimpleNamespace(structured_outputs=None))
+
+    def salt() -> str | None:
+        return rollouts._input(request).get("cache_salt")
+
+    assert not rollouts.keep_cache(), "nothing runs: there is nothing to keep"
+    rollouts._running = {"a": Track(keeps_cache=True), "b": Track()}
+    assert not rollouts.keep_cache()
+    assert salt() is None
+    rollouts._running = {"a": Track(keeps_cache=True), "b": Track(keeps_cache=True)}
+    salts = []
+    for _ in range(2):
+        assert rollouts.keep_cache()
+        salts.append(salt())
+    assert len({None, *salts}) == 3
+    assert request.prompt == {"prompt_token_ids": [1]}
+    config.is_multimodal_model = True
+    assert not rollouts.keep_cache(), "what a picture was made into is found by the picture alone"
 
 
 def test_no_tokens_have_no_spans() -> None:

@@ -108,6 +108,10 @@ def test_a_batch_is_split_by_its_bytes_and_is_one_batch_nevertheless(
 def test_what_is_needed_of_the_rollouts_is_said(address: str, scripted: Scripted) -> None:
     client = InferenceClient(address)
     client.generate(GROUPS[:1])
+    with pytest.raises(InvalidArgument, match="keep_cache"):
+        client.generate([Group([1], 1)], one_version=True, keep_cache=True)
+    client.generate([Group([1], 1)], keep_cache=True)
+    assert scripted.requests.pop().on_commit == pb.ON_COMMIT_CONTINUE_CACHED
     client.generate([Group([1, 7], 2, (), 9)], min_weight_version=4, version_wait_s=0.25, one_version=True)
     first, second = scripted.requests
     assert (first.min_weight_version, first.on_commit) == (0, pb.ON_COMMIT_UNSPECIFIED)
