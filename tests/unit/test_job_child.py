@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.jobs import spec
+from tests.ranks import ON_CPU, ended, of_script, two_ranks
 from trainer_service.jobs.folder import JobFolder, Outcome
 
 #: Tells itself to end in the midst of an import, which does one thing or another with what the handler raises.
@@ -59,3 +60,38 @@ def test_one_that_is_told_to_end_while_it_loads_has_stopped(tmp_path: Path, libr
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert folder.outcome(1) == (Outcome.STOPPED, "")
+
+
+#: Two ranks, of which the second one ends while the first one waits for it.
+RANK = """
+    import os, signal, sys
+    from trainer_service.jobs import child
+
+    def train(folder, attempt, report):
+        import torch, torch.distributed as dist
+        dist.init_process_group("gloo")
+        dist.all_reduce(torch.ones(1))
+        if dist.get_rank() == 1:
+            if sys.argv[3] == "raises":
+                raise ValueError("no reward")
+            os.kill(os.getpid(), signal.SIGKILL)
+        dist.all_reduce(torch.ones(1))
+
+    child._train = train
+    os._exit(child.main(sys.argv[1:3]))
+"""
+
+
+@pytest.mark.parametrize("end", ["is killed", "raises"])
+def test_a_rank_that_is_left_alone_is_not_to_blame(tmp_path: Path, end: str) -> None:
+    folder = JobFolder(tmp_path / "job")
+    folder.make(spec())
+    with two_ranks(*of_script(RANK, folder.path, 1, end), **ON_CPU) as ranks:
+        codes = [code for code, _ in ended(ranks)]
+    outcome, reason = folder.outcome(1)
+    if end == "raises":
+        assert (outcome, reason) == (Outcome.FAILED, "ValueError: no reward")
+    else:
+        assert outcome is Outcome.DIED
+        assert codes == [1, -9]
+        assert "gloo" in reason

@@ -159,9 +159,57 @@ def test_ranks_that_fail_at_once_tell_one_outcome_whole(
     monkeypatch.setattr(os, "fsync", meanwhile)
     folder.tell_outcome(1, Outcome.FAILED, told[0])
     assert not left
-    assert folder.outcome(1)[0] is Outcome.FAILED
-    assert folder.outcome(1)[1] in told
+    assert folder.outcome(1) == (Outcome.FAILED, told[1])  # the first, which may have been read by now
     assert list(folder.path.glob("*.new*")) == []
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_rank_that_fails_says_more_than_one_that_was_left_alone(
+    folder: JobFolder, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """Whichever tells first, or both at once."""
+    sync, left = os.fsync, [1]
+
+    def meanwhile(descriptor: int) -> None:
+        if left:
+            left.pop()
+            folder.tell_outcome(1, Outcome.DIED, "the other rank has ended")
+        sync(descriptor)
+
+    if late:
+        folder.tell_outcome(1, Outcome.DIED, "the other rank has ended")
+    else:
+        monkeypatch.setattr(os, "fsync", meanwhile)
+    folder.tell_outcome(1, Outcome.FAILED, "no reward", over=(Outcome.DIED,))
+    assert folder.outcome(1) == (Outcome.FAILED, "no reward")
+    folder.tell_outcome(1, Outcome.DIED, "its training ended with code 1")
+    folder.tell_outcome(1, Outcome.FAILED, "another reward", over=(Outcome.DIED,))
+    assert folder.outcome(1) == (Outcome.FAILED, "no reward")
+
+
+def test_an_outcome_that_cannot_be_read_is_none(folder: JobFolder) -> None:
+    (folder.path / "outcome-1.json").mkdir()
+    with pytest.raises(IsADirectoryError):
+        folder.outcome(1)
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from trainer_service.jobs.folder import JobFolder
+os.fsync = lambda _: os.kill(os.getpid(), 9)
+JobFolder(Path(sys.argv[1])).reserve()
+"""
+
+
+def test_nothing_is_left_of_a_file_whose_writer_was_killed(folder: JobFolder) -> None:
+    before = {path.name for path in folder.path.iterdir()}
+    subprocess.run(
+        [sys.executable, "-c", KILLED, str(folder.path)], env=os.environ | {"PYTHONPATH": os.getcwd()}
+    )
+    assert {path.name for path in folder.path.iterdir()} > before
+    folder.drop_incomplete()
+    assert {path.name for path in folder.path.iterdir()} == before
 
 
 def test_an_outcome_is_told_on_a_full_disk(tmp_path: Path) -> None:

@@ -199,7 +199,7 @@ class Attempts:
 
     async def _settle(self, job: Job) -> None:
         """Say what became of a job whose processes have ended."""
-        outcome, reason = await asyncio.to_thread(self._folder(job).outcome, job.attempt)
+        outcome, reason = await self._insist(self._folder(job).outcome, job.attempt)
         while True:
             job = await self._insist(self._store.get, job.id)
             move, changes = self._next(job, outcome)

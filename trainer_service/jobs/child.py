@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import sys
 import traceback
@@ -22,6 +23,10 @@ from trainer_service.ranks import OtherRankError
 
 #: What may go well another time, with a service that came back.
 _PASSING = (Aborted, DeadlineExceeded, Unavailable)
+#: What gloo says to a rank that waits for one that has ended.
+_CLOSED = re.compile(
+    r"gloo/transport/.*(Connection (closed|reset) by peer|Connection refused|Broken pipe)", re.DOTALL
+)
 
 
 def main(argv: list[str]) -> int:
@@ -69,7 +74,10 @@ def main(argv: list[str]) -> int:
             outcome, reason = _failure(error, folder)
     _flush()
     if main_process or outcome is Outcome.FAILED:
-        folder.tell_outcome(attempt, outcome, reason)
+        # A rank that fails ends the others, which may be quicker to tell that they were left alone.
+        folder.tell_outcome(
+            attempt, outcome, reason, over=(Outcome.DIED,) if outcome is Outcome.FAILED else ()
+        )
     return 0 if outcome in (Outcome.SUCCEEDED, Outcome.STOPPED) else 1
 
 
@@ -110,6 +118,8 @@ def _failure(error: BaseException, folder: JobFolder) -> tuple[Outcome, str]:
     if isinstance(error, OtherRankError):  # it says what the other rank does
         return Outcome.FAILED, _first_line(error)
     said = f"{type(error).__name__}: {_first_line(error)}"
+    if _CLOSED.search(str(error)):  # another rank ended: if it could, it tells why
+        return Outcome.DIED, said
     if (cause := error.__cause__) is not None:  # a library's own words may say no more than that it failed
         said += f"; {type(cause).__name__}: {_first_line(cause)}"
     return Outcome.FAILED, said

@@ -6,13 +6,14 @@ never waits for whoever watches it.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import shutil
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -24,6 +25,7 @@ from trainer_service.jobs.spec import JobSpec
 
 _CHECKPOINT = "checkpoint-"
 _STATE = "trainer_state.json"  # what transformers writes last
+_ASIDE = ".new"  # of a file that is being written
 #: The longest path of the folder's socket beside the folder's own.
 SOCKET = "i.sock"
 #: A longer line of output is cut.
@@ -119,31 +121,38 @@ class JobFolder:
         return sorted(found, key=lambda checkpoint: checkpoint.step)
 
     def drop_incomplete(self) -> None:
-        """Remove checkpoints that a killed process left half written, for while none writes."""
+        """Remove files and checkpoints that a killed process left half written, for while none writes."""
+        for path in self.path.glob(f"*{_ASIDE}"):
+            path.unlink(missing_ok=True)
         complete = {checkpoint.path for checkpoint in self.checkpoints()}
         for path in self.checkpoints_folder.glob(f"{_CHECKPOINT}*"):
             if path not in complete:
                 shutil.rmtree(path)
 
     def outcome(self, attempt: int) -> tuple[Outcome, str]:
-        """How an attempt ended that has ended, and why."""
+        """How an attempt ended that has ended, and why. Raises OSError where what was told cannot be read."""
         try:
             told = json.loads(self._outcome_file(attempt).read_bytes())
             return Outcome(told["outcome"]), str(told["reason"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             return Outcome.DIED, "its process was killed"
 
-    def tell_outcome(self, attempt: int, outcome: Outcome, reason: str = "", *, again: bool = False) -> None:
-        """Say how an attempt ends. What was told first stays, unless `again`."""
-        if not again and self._outcome_file(attempt).exists():
-            return
+    def tell_outcome(
+        self, attempt: int, outcome: Outcome, reason: str = "", *, over: Collection[Outcome] = ()
+    ) -> None:
+        """Say how an attempt ends. What was told first stays, unless it is one of `over`."""
         text = json.dumps({"outcome": outcome, "reason": reason})
         try:
-            _write(self._outcome_file(attempt), text)
+            self._tell(attempt, text, over)
         except OSError as error:
             if not is_full(error):
                 raise
             self._reserve_file.unlink(missing_ok=True)
+            self._tell(attempt, text, over)
+
+    def _tell(self, attempt: int, text: str, over: Collection[Outcome]) -> None:
+        _write(self._outcome_file(attempt), text, first=True)
+        if over and self.outcome(attempt)[0] in over:
             _write(self._outcome_file(attempt), text)
 
     def _outcome_file(self, attempt: int) -> Path:
@@ -200,15 +209,23 @@ def read_lines(path: Path, offset: int, limit: int, *, rest: bool = False) -> tu
     return lines[:-1] if not lines[-1] else lines, offset + end
 
 
-def _write(path: Path, text: str) -> None:
-    """Wholly, or not at all, also where another process writes the same file just then."""
-    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.new")
+def _write(path: Path, text: str, *, first: bool = False) -> None:
+    """Wholly, or not at all, also where another process writes the same file just then.
+
+    Where it is there, it stays if this is to be the `first`.
+    """
+    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}{_ASIDE}")
     try:
         with aside.open("w") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        aside.replace(path)
+        if first:
+            with contextlib.suppress(FileExistsError):
+                os.link(aside, path)
+            aside.unlink()
+        else:
+            aside.replace(path)
     except OSError:
         aside.unlink(missing_ok=True)
         raise

@@ -45,6 +45,7 @@ class Attempt:
         self._folder, self._attempt, self._ready = folder, attempt, ready
         self._spec = folder.spec()
         self._stopping = False
+        self._engine_log_start = 0
         self._child: subprocess.Popen[bytes] | None = None
 
     def run(self) -> None:
@@ -64,8 +65,9 @@ class Attempt:
         descriptors = [os.pidfd_open(process.pid) for process in started]
         wait_any(descriptors)
         if engine is not None and child.poll() is None and engine.poll() is not None:
-            self._engine_ended(engine.returncode)
             child.kill()
+            child.wait()  # it may have all steps done, and tell so until then
+            self._engine_ended(engine.returncode)
         code = child.wait()
         if engine is not None:
             _end(engine)
@@ -127,6 +129,8 @@ class Attempt:
         return given
 
     def _start_engine(self) -> subprocess.Popen[bytes]:
+        with contextlib.suppress(FileNotFoundError):
+            self._engine_log_start = self._folder.engine_file.stat().st_size
         # What belongs to the service's own settings, a token or another model, is not the engine's.
         clean = {n: v for n, v in os.environ.items() if not n.startswith(_PREFIX) or n in _KEPT}
         if gpus := os.environ.get(ENGINE_GPUS):
@@ -136,11 +140,16 @@ class Attempt:
         return _spawn(engine_command(self._spec, self._folder), self._folder.engine_file, clean)
 
     def _engine_ended(self, code: int) -> None:
-        lines = self._folder.engine_file.read_text(errors="replace").splitlines()
+        with self._folder.engine_file.open("rb") as file:
+            file.seek(self._engine_log_start)  # what is before is of other attempts
+            lines = file.read().decode(errors="replace").splitlines()
         said = [line for line in lines if line.startswith("tandem: ")] or lines or ["it said nothing"]
         outcome = Outcome.FAILED if code == _WRONG else Outcome.DIED
         reason = f"its inference service ended with code {code}: {said[-1].removeprefix('tandem: ')}"
-        self._folder.tell_outcome(self._attempt, outcome, reason[:2000], again=True)
+        # A training that misses its engine says no more than that.
+        self._folder.tell_outcome(
+            self._attempt, outcome, reason[:2000], over=set(Outcome) - {Outcome.SUCCEEDED}
+        )
 
 
 def engine_command(spec: JobSpec, folder: JobFolder) -> list[str]:
