@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import math
 import time
@@ -16,7 +17,7 @@ import torch
 from accelerate.utils import broadcast  # type: ignore[import-untyped]
 from transformers import ProcessorMixin
 
-from tandem.errors import FailedPrecondition, Reason, TandemError, Unavailable, invalid
+from tandem.errors import CATALOGUE, FailedPrecondition, Reason, TandemError, Unavailable, invalid
 from tandem.inference.v1 import inference_pb2 as pb
 from trainer_service._trl import VLLMGeneration
 from trainer_service.client import PERHAPS_ASLEEP, WRITABLE, Group, is_gone
@@ -110,7 +111,7 @@ class RemoteGeneration(VLLMGeneration):
     def sync_weights(self) -> None:
         """Have the engine hold the policy. Every rank returns when it does; all raise where it failed."""
         self._room.make()  # before any rank generates
-        version, failure = 0, ""
+        version = 0
         error: BaseException | None = None
         together = self.gathering is not None and self.gathering.needed()
         if self.weights is None and self.gathering is not None and together:
@@ -123,24 +124,22 @@ class RemoteGeneration(VLLMGeneration):
             except OutOfStepError:
                 raise
             except BaseException as raised:  # noqa: BLE001  raised again below, after the others were told
-                error, failure = raised, str(raised) or type(raised).__name__
-        self._version, failure = self._told(version, failure)
+                error = raised
+        self._version, failure = self._told(version, error)
         if error is not None:
             raise error
-        if failure:
-            raise FailedPrecondition(
-                Reason.TRANSPORT_UNAVAILABLE, f"The main process could not sync: {failure}"
-            )
+        if failure is not None:
+            raise failure
 
-    def _told(self, version: int, failure: str) -> tuple[int, str]:
+    def _told(self, version: int, error: BaseException | None) -> tuple[int, TandemError | None]:
         """What the main process says, on every rank. As tensors: accelerate pickles objects."""
-        said, device = failure.encode(), self.accelerator.device
+        said, device = b"" if error is None else _said(error), self.accelerator.device
         head = broadcast(torch.tensor([version, len(said)], dtype=torch.int64, device=device), from_process=0)
         version, length = head.tolist()
         text = torch.zeros(length, dtype=torch.uint8, device=device)
         if length and self.accelerator.is_main_process:
             text.copy_(torch.frombuffer(bytearray(said), dtype=torch.uint8))
-        return version, bytes(broadcast(text, from_process=0).tolist()).decode() if length else ""
+        return version, _heard(bytes(broadcast(text, from_process=0).tolist())) if length else None
 
     def rest(self) -> None:
         """Have the engine sleep, if it shall. For when no rank generates any more; every rank must call it."""
@@ -368,3 +367,16 @@ def _logprobs(rollout: pb.Rollout) -> tuple[list[list[int]], list[list[float | N
         ids.append(row_ids)
         logprobs.append([None if math.isnan(value) else value for value in row])
     return ids, logprobs
+
+
+def _said(error: BaseException) -> bytes:
+    """An error, for the other ranks: with its reason, which tells whether it passes."""
+    if isinstance(error, TandemError):
+        return json.dumps([error.reason, error.message]).encode()
+    return json.dumps([Reason.TRANSPORT_UNAVAILABLE, str(error) or type(error).__name__]).encode()
+
+
+def _heard(said: bytes) -> TandemError:
+    reason, text = json.loads(said)
+    known = Reason(reason) if reason in CATALOGUE else Reason.TRANSPORT_UNAVAILABLE
+    return CATALOGUE[known](known, f"The main process could not sync: {text}")

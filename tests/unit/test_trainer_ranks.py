@@ -17,7 +17,7 @@ RANK = """
     from pathlib import Path
     import torch
     from accelerate import Accelerator
-    from tandem.errors import TandemError
+    from tandem.errors import Reason, TandemError, Unavailable
     from tandem.inference.v1 import inference_pb2 as pb
     from tests.weight_service import network
     from trainer_service.client import InferenceClient
@@ -68,6 +68,18 @@ RANK = """
     step()
     generation.sync_weights()
     assert versions() == [[4], [4]]
+
+    if rank == 0:
+        def gone():
+            raise Unavailable(Reason.UNREACHABLE, "no engine")
+        weights.sync = gone
+    try:
+        generation.sync_weights()
+    except Unavailable as error:  # which passes, on every rank
+        assert error.reason is Reason.UNREACHABLE
+        assert error.message == ("no engine", "The main process could not sync: no engine")[rank]
+    else:
+        raise AssertionError("a failed sync is an error on every rank")
 
     if rank == 0:
         def fail():
