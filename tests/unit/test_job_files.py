@@ -339,6 +339,32 @@ def test_whatever_a_job_started_is_found_and_ended(folder: JobFolder) -> None:
         bystander.wait(10)
 
 
+DAEMON = """
+import subprocess
+nowhere = subprocess.DEVNULL
+print(subprocess.Popen(["sleep", "600"], stdout=nowhere, stderr=nowhere).pid, flush=True)
+"""
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_a_session_without_its_leader_is_the_jobs_only_where_it_has_the_mark(
+    folder: JobFolder, marked: bool
+) -> None:
+    """A daemon's may have the id of a process that the job had long before."""
+    own = {MARK: str(folder.path)} if marked else {}
+    leader = subprocess.run(
+        ["setsid", sys.executable, "-c", DAEMON], env=os.environ | own, capture_output=True, text=True
+    )
+    left = int(leader.stdout)
+    session = int(Path(f"/proc/{left}/stat").read_text().rpartition(")")[2].split()[3])
+    try:
+        processes.kill(folder.path, Identity(session, 1, processes.boot_id()))
+        assert _is_over(left) == marked
+    finally:
+        if not _is_over(left):
+            os.kill(left, signal.SIGKILL)
+
+
 def test_an_event_is_one_line_whatever_is_in_it(folder: JobFolder) -> None:
     log = EventLog(folder, 3)
     log.write("SAMPLES", {"text": "two\nlines \u2028 and more"})

@@ -170,9 +170,9 @@ class Attempts:
                 asyncio.get_running_loop().remove_reader(descriptor)
                 os.close(descriptor)
         self.standbys.refill()
-        if identity is not None:
-            await asyncio.to_thread(reap, identity.pid)
         await self._kill(job, identity)
+        if identity is not None:  # not before: until then nobody else has its id, nor its session's
+            await asyncio.to_thread(reap, identity)
         job = await self._ingest(job, rest=True)
         await self._settle(job)
 

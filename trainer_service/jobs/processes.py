@@ -93,22 +93,28 @@ class Identity:
 def members(folder: Path, root: Identity | None = None) -> set[int]:
     """Ids of the processes of the job in `folder`, wherever they went.
 
-    A process may have left its parent, its session, or written over its environment, but hardly all three.
+    A process may have left its parent, its session, or written over its environment, but hardly all three. Where
+    `root` is no more, a session of its id may be another's by now: it counts if one in it has the job's mark.
     """
     mark = f"{MARK}={folder}".encode()
     session = root.session if root is not None else -1
     parents: dict[int, int] = {}
-    found = set()
+    found, there, led = set(), set(), False
     for pid in _processes():
         try:
             state, parent, _, sid = _fields(pid)
+            led = led or pid == session  # also where it has ended, and nobody has waited for it
             if state in "ZX" or pid == os.getpid():
                 continue
             parents[pid] = parent
-            if sid == session or mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            if sid == session:
+                there.add(pid)
+            if mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
                 found.add(pid)
         except (ProcessLookupError, FileNotFoundError, PermissionError):
             continue  # it ended, or is another user's
+    if led or there & found:
+        found |= there
     while more := {pid for pid, parent in parents.items() if parent in found} - found:
         found |= more
     return found

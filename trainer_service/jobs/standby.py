@@ -48,7 +48,7 @@ class Waiting:
         """Leave nothing of it. Blocks."""
         os.close(self.pipe)
         processes.kill(self.mark, self.identity)
-        reap(self.identity.pid)
+        reap(self.identity)
 
 
 class Standbys:

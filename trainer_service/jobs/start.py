@@ -51,7 +51,8 @@ def launch(arguments: list[str], own: Mapping[str, str], given: int, output: int
     return Identity.of(process.pid)
 
 
-def reap(pid: int) -> None:
+def reap(identity: Identity) -> None:
     """Wait for a process that has ended, if it is this one's child."""
-    with contextlib.suppress(ChildProcessError):  # an earlier service's
-        os.waitpid(pid, 0)
+    with contextlib.suppress(ChildProcessError, ProcessLookupError):  # an earlier service's
+        if Identity.of(identity.pid) == identity:  # else its id is another child's by now
+            os.waitpid(identity.pid, 0)
