@@ -139,6 +139,14 @@ def test_a_move_is_an_event(store: Store) -> None:
     assert event.body == {"old_state": "QUEUED", "state": "STARTING", "reason": "its turn"}
 
 
+def test_an_end_has_its_time(store: Store) -> None:
+    store.create("a", spec())
+    end = store.move("a", Move.CANCEL)
+    assert end.end_time is not None
+    assert store.move("a", Move.CANCEL) == end
+    assert store.move("a", Move.RESUME, end_time=None).end_time is None
+
+
 def test_an_illegal_move_changes_nothing(store: Store) -> None:
     before = store.create("job-1", spec())
     with pytest.raises(FailedPrecondition) as raised:

@@ -76,7 +76,7 @@ class Attempts:
         except OSError as error:
             if not is_full(error):
                 raise
-            await asyncio.to_thread(self._store.move, job.id, Move.FAIL, FULL, end_time=time.time())
+            await asyncio.to_thread(self._store.move, job.id, Move.FAIL, FULL)
             self._changed(job.id)
             return
         ready = None if job.spec.hardware.launched else self.standbys.take()

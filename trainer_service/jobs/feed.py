@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Collection
 
+from tandem.errors import NotFound
 from trainer_service.jobs.states import TERMINAL
 from trainer_service.jobs.store import Event, EventKind, Store
 
@@ -32,7 +33,11 @@ class Feed:
         """
         while True:
             changed = self._changed.setdefault(job_id, asyncio.Event())
-            job = await asyncio.to_thread(self._store.get, job_id)
+            try:
+                job = await asyncio.to_thread(self._store.get, job_id)
+            except NotFound:
+                self.notify(job_id)  # it would be kept for ever: nothing happens to what is not there
+                raise
             while after < job.last_sequence:
                 events = await self._read(job_id, after)
                 if not events:

@@ -18,7 +18,7 @@ from tandem.errors import FailedPrecondition, NotFound, Reason, ResourceExhauste
 from trainer_service.jobs import tables
 from trainer_service.jobs.lock import FileLock
 from trainer_service.jobs.spec import JobSpec
-from trainer_service.jobs.states import JobState, Move, after
+from trainer_service.jobs.states import TERMINAL, JobState, Move, after
 from trainer_service.jobs.store import Event, EventKind, Job, Offsets, Store
 
 _FULL = ("database or disk is full", "disk i/o error", "no space left", "53100")
@@ -135,6 +135,8 @@ class SqlStore(Store):
             if new is old:
                 return self._job(connection, row)
             body = {"old_state": old, "state": new, "reason": reason}
+            if new in TERMINAL:
+                changes.setdefault("end_time", time.time())
             event = Event(EventKind.STATE, time.time(), changes.get("attempt", row.attempt), body)
             return self._append(connection, row, [event], state=new, reason=reason, **changes)
 

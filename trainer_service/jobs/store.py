@@ -133,7 +133,7 @@ class Store(ABC):
 
     @abstractmethod
     def move(self, job_id: str, move: Move, reason: str = "", **changes: Any) -> Job:
-        """Bring a job into another state, by the table in `states`, with an event.
+        """Bring a job into another state, by the table in `states`, with an event, and with its `end_time` to an end.
 
         Args:
             job_id: the job.
