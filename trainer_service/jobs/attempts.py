@@ -20,7 +20,7 @@ from trainer_service.jobs.folder import FULL, JobFolder, Outcome, is_full
 from trainer_service.jobs.processes import Identity
 from trainer_service.jobs.standby import Standbys
 from trainer_service.jobs.start import environment, reap, spawn
-from trainer_service.jobs.states import TERMINAL, JobState, Move
+from trainer_service.jobs.states import ACTIVE, JobState, Move
 from trainer_service.jobs.store import Job, Store
 from trainer_service.jobs.tail import ingest
 from trainer_service.jobs.warm import Given
@@ -87,9 +87,11 @@ class Attempts:
             job = await asyncio.to_thread(
                 self._store.move, job.id, Move.START, attempt=attempt, gpus=gpus, process=process
             )
-        except BaseException:
+        except BaseException as error:
             if ready is not None:
                 ready.end()
+            if isinstance(error, TandemError):
+                await self._follow_unheard(job.id, attempt)
             raise
         identity = None if ready is None else ready.identity
         try:
@@ -102,6 +104,13 @@ class Attempts:
         warm = ready is not None and identity == ready.identity
         log.info("started", job=job.id, attempt=job.attempt, process=str(identity), gpus=gpus, warm=warm)
         self._changed(job.id)
+
+    async def _follow_unheard(self, job_id: str, attempt: int) -> None:
+        """Follow an attempt that the store has, though it did not say so: its answer may be what was lost."""
+        job = await self._insist(self._store.get, job_id)
+        if job.state in ACTIVE and job.attempt == attempt:
+            self.follow(job)
+            self._folder(job).tell_outcome(attempt, Outcome.STOPPED, "the store did not answer at its start")
 
     def follow(self, job: Job, identity: Identity | None = None) -> None:
         """Follow a job's processes to their end, also those that an earlier service started.
@@ -180,11 +189,14 @@ class Attempts:
         """Take all that is new. Where the store refuses it, nothing is lost, and it is tried again."""
         more = True
         while more:
-            job = await self._insist(self._store.get, job.id)  # others move it
-            job, more = await self._insist(ingest, self._store, self._folder(job), job, rest=rest)
+            job, more = await self._insist(self._take, job.id, rest)
             if more:
                 self._changed(job.id)
         return job
+
+    def _take(self, job_id: str, rest: bool) -> tuple[Job, bool]:
+        job = self._store.get(job_id)  # each time: others move it, and so may a try that failed halfway
+        return ingest(self._store, self._folder(job), job, rest=rest)
 
     async def _insist(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Have the store do something, when it can. Raises NotFound, and what is no matter of waiting."""
@@ -203,10 +215,8 @@ class Attempts:
         while True:
             job = await self._insist(self._store.get, job.id)
             move, changes = self._next(job, outcome)
-            if job.state in TERMINAL or job.state is JobState.DELETING:
+            if job.state not in ACTIVE:  # or nothing was heard of the move that was made
                 return
-            if move in (Move.SUCCEED, Move.FAIL, Move.STOP):
-                changes["end_time"] = time.time()
             try:
                 await asyncio.to_thread(
                     self._store.move, job.id, move, reason, process="", gpus=(), **changes
