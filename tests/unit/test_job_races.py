@@ -178,6 +178,23 @@ async def test_an_id_that_another_child_of_the_service_has_by_now(
         child.send(signal.SIGKILL)
 
 
+@pytest.mark.parametrize("call", ["cancel", "delete"])
+async def test_a_caller_that_does_not_wait(
+    service: Supervisor, attempts: Attempts, store: Interrupted, folder: JobFolder, call: str
+) -> None:
+    attempts.follow(started(store, sleeper(folder)))
+    store.before["move", Move.CANCEL] = store.before["move", Move.DELETE] = moving = Held()
+    task = asyncio.create_task(getattr(service, call)("job"))
+    await moving.reached()
+    task.cancel()  # as a server does whose client's time is over
+    await asyncio.gather(task, return_exceptions=True)
+    moving.let_go()
+    await until(
+        lambda: not store.find() if call == "delete" else not store.find(states=[JobState.CANCELLING])
+    )
+    await until(lambda: not processes.members(folder.path))
+
+
 async def test_a_retry_of_which_nothing_was_heard(
     attempts: Attempts, store: Interrupted, folder: JobFolder
 ) -> None:
@@ -234,6 +251,130 @@ async def test_an_outcome_that_cannot_be_read_for_a_while(
     unreadable.rmdir()
     folder.tell_outcome(1, Outcome.SUCCEEDED)
     await until(lambda: store.get("job").state is JobState.SUCCEEDED)
+
+
+async def test_a_late_cancel_does_not_end_what_was_resumed(
+    service: Supervisor, attempts: Attempts, store: Interrupted, folder: JobFolder
+) -> None:
+    first = sleeper(folder)
+    attempts.follow(started(store, first))
+    store.after["move", Move.CANCEL] = moved = Held()
+    cancelling = asyncio.create_task(service.cancel("job"))
+    await moved.reached()
+    first.send(signal.SIGKILL)  # it ends by itself
+    await until(lambda: store.get("job").state is JobState.CANCELLED and attempts.due(store.get("job")))
+    await service.resume("job")
+    second = sleeper(folder)
+    attempts.follow(store.move("job", Move.START, attempt=2, process=str(second)))
+    moved.let_go()
+    await cancelling
+    await asyncio.sleep(0.6)  # twice the time that it has
+    assert store.get("job").state is JobState.STARTING
+    assert second.alive
+
+
+async def test_cancelled_while_another_process_is_started_in_its_place(
+    store: Interrupted, folder: JobFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that waited for a job ends as it gets one."""
+    limits = Limits(poll_s=0.02, cancel_grace_s=30)
+    attempts = Attempts(cast(Store, store), folder.path.parent, limits, lambda _: None)
+    gone = sleeper(folder)
+    gone.send(signal.SIGKILL)
+    reading, writing = os.pipe()
+    os.close(reading)
+    monkeypatch.setattr(attempts.standbys, "take", lambda: Waiting(gone, writing, folder.path))
+    spawning = Held()
+
+    def spawn(folder: JobFolder, job: Job) -> Identity:
+        spawning()
+        return sleeper(folder)
+
+    monkeypatch.setattr(module, "spawn", spawn)
+    starting = asyncio.create_task(attempts.start(store.create("job", spec()), ()))
+    await spawning.reached()
+    attempts.cancel(store.move("job", Move.CANCEL, "cancelled"))
+    await asyncio.sleep(0.1)
+    spawning.let_go()
+    await starting
+    await until(lambda: store.get("job").state is JobState.CANCELLED)  # long before it would be killed
+    await attempts.stop()
+
+
+async def test_what_does_not_end_in_time_is_killed(
+    service: Supervisor, attempts: Attempts, store: Interrupted, folder: JobFolder
+) -> None:
+    process = sleeper(folder)
+    process.send(signal.SIGSTOP)
+    attempts.follow(started(store, process))
+    await service.cancel("job")
+    await until(lambda: store.get("job").state is JobState.CANCELLED)
+    assert not attempts._cancelling
+
+
+async def test_deleted_while_its_folder_is_made(
+    service: Supervisor,
+    attempts: Attempts,
+    store: Interrupted,
+    folder: JobFolder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    making, make = Held(), JobFolder.make
+    monkeypatch.setattr(JobFolder, "make", lambda *args: (making(), make(*args)))
+    starting = asyncio.create_task(attempts.start(store.create("job", spec()), ()))
+    await making.reached()
+    deleting = asyncio.create_task(service.delete("job"))
+    await asyncio.wait([deleting], timeout=0.3)
+    making.let_go()
+    await asyncio.gather(starting, deleting, return_exceptions=True)
+    assert store.find() == []
+    assert not folder.path.exists()
+
+
+async def test_deleted_while_its_process_is_started(
+    service: Supervisor, attempts: Attempts, store: Interrupted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spawning, born = Held(), []
+
+    def spawn(folder: JobFolder, job: Job) -> Identity:
+        spawning()
+        born.append(sleeper(folder))
+        return born[0]
+
+    monkeypatch.setattr(module, "spawn", spawn)
+    starting = asyncio.create_task(attempts.start(store.create("job", spec()), ()))
+    await spawning.reached()
+    deleting = asyncio.create_task(service.delete("job"))
+    await asyncio.wait([deleting], timeout=0.3)
+    spawning.let_go()
+    await asyncio.gather(starting, deleting, return_exceptions=True)
+    try:
+        assert store.find() == []
+        assert not born[0].alive
+    finally:
+        born[0].send(signal.SIGKILL)
+
+
+async def test_deleted_before_it_is_started(
+    attempts: Attempts, store: Interrupted, socket_folder: Path
+) -> None:
+    job = store.create("job", spec())
+    store.delete("job")
+    with pytest.raises(NotFound):
+        await attempts.start(job, ())
+    assert not (socket_folder / "job").exists()
+
+
+async def test_what_is_resumed_does_not_wait_for_an_earlier_retry(
+    service: Supervisor, attempts: Attempts, store: Interrupted, folder: JobFolder
+) -> None:
+    process = sleeper(folder)
+    attempts.follow(started(store, process))
+    process.send(signal.SIGKILL)
+    await until(lambda: store.get("job").state is JobState.RETRYING and not attempts._following)
+    assert not attempts.due(store.get("job"))
+    await service.cancel("job")
+    assert attempts.due(await service.resume("job"))
 
 
 async def test_an_end_and_its_time_are_one(service: Supervisor, store: Interrupted) -> None:

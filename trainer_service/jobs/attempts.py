@@ -20,7 +20,7 @@ from trainer_service.jobs.folder import FULL, JobFolder, Outcome, is_full
 from trainer_service.jobs.processes import Identity
 from trainer_service.jobs.standby import Standbys
 from trainer_service.jobs.start import environment, reap, spawn
-from trainer_service.jobs.states import ACTIVE, JobState, Move
+from trainer_service.jobs.states import ACTIVE, JobState, Move, after
 from trainer_service.jobs.store import Job, Store
 from trainer_service.jobs.tail import ingest
 from trainer_service.jobs.warm import Given
@@ -63,13 +63,28 @@ class Attempts:
         self._following: dict[str, asyncio.Task[None]] = {}
         self._cancelling: dict[str, asyncio.Task[None]] = {}
         self._due: dict[str, float] = {}
+        self._starting = asyncio.Lock()
 
     def due(self, job: Job) -> bool:
         """Whether a job that waits may start, and is not still being followed to its last end."""
         return job.id not in self._following and time.monotonic() >= self._due.get(job.id, 0.0)
 
+    def hurry(self, job_id: str) -> None:
+        """Forget a job's pause: who resumes it waits for no earlier retry."""
+        self._due.pop(job_id, None)
+
     async def start(self, job: Job, gpus: tuple[str, ...]) -> None:
-        """Start a job's next attempt. Raises FailedPrecondition where the job does not wait any more."""
+        """Start a job's next attempt.
+
+        Raises:
+            FailedPrecondition: the job does not wait any more. NotFound: it was deleted.
+        """
+        async with self._starting:  # whoever deletes it waits until all that it has is known
+            job = await asyncio.to_thread(self._store.get, job.id)
+            after(job.id, job.state, Move.START)  # before it has a folder, which nobody would remove
+            await self._start(job, gpus)
+
+    async def _start(self, job: Job, gpus: tuple[str, ...]) -> None:
         folder = self._folder(job)
         try:
             await asyncio.to_thread(folder.make, job.spec)
@@ -128,10 +143,12 @@ class Attempts:
         """Tell a job's processes to end, and kill them after a while."""
         if job.id not in self._cancelling:
             self._cancelling[job.id] = task = asyncio.create_task(self._cancel(job))
-            task.add_done_callback(lambda _: self._cancelling.pop(job.id, None))
+            task.add_done_callback(lambda done: self._cancelled(job.id, done))
 
     async def abandon(self, job: Job) -> None:
-        """Kill a job's processes, and follow them no more."""
+        """Kill a job's processes, and follow them no more. For one that is being deleted, and starts no more."""
+        async with self._starting:
+            self._due.pop(job.id, None)
         await _ended(self._following.pop(job.id, None))
         await _ended(self._cancelling.pop(job.id, None))
         job = await asyncio.to_thread(self._store.get, job.id)
@@ -251,15 +268,20 @@ class Attempts:
         return Move.RETRY, {"retries": job.retries + 1}
 
     async def _cancel(self, job: Job) -> None:
+        attempt, told = job.attempt, None
         deadline = time.monotonic() + self._limits.cancel_grace_s
-        while (identity := Identity.parse(job.process)) is None and time.monotonic() < deadline:
-            await asyncio.sleep(self._limits.poll_s)  # it is being started
+        while told is None or time.monotonic() < deadline:
             job = await self._insist(self._store.get, job.id)
-        if identity is not None:
-            identity.send(signal.SIGTERM)
-        await asyncio.sleep(max(0.0, deadline - time.monotonic()))
+            if job.state is not JobState.CANCELLING or job.attempt != attempt:
+                return  # what runs by now was not told to end
+            # None while it is started; or it is started anew, since the one that waited for a job has ended.
+            identity = Identity.parse(job.process)
+            if identity is not None and identity != told:
+                identity.send(signal.SIGTERM)
+                told = identity
+            await asyncio.sleep(self._limits.poll_s)
         log.warning("did not end in time, and is killed", job=job.id)
-        await self._kill(job, identity)
+        told.send(signal.SIGKILL)  # what it started, whoever follows it kills
 
     async def _kill(self, job: Job, identity: Identity | None) -> None:
         while True:
@@ -276,6 +298,12 @@ class Attempts:
         if not task.cancelled() and (cancelling := self._cancelling.pop(job_id, None)) is not None:
             cancelling.cancel()
         self._changed(job_id)
+
+    def _cancelled(self, job_id: str, task: asyncio.Task[None]) -> None:
+        if self._cancelling.get(job_id) is task:
+            del self._cancelling[job_id]
+        if not task.cancelled() and (error := task.exception()) and not isinstance(error, NotFound):
+            log.error("ending a job failed", job=job_id, exc_info=error)
 
     def _folder(self, job: Job) -> JobFolder:
         return JobFolder(self._root / job.id)

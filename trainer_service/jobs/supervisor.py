@@ -9,10 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Coroutine, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 
@@ -29,9 +28,12 @@ from trainer_service.jobs.states import ACTIVE, WAITING, JobState, Move
 from trainer_service.jobs.store import Job, Store
 
 log = structlog.get_logger(__name__)
+T = TypeVar("T")
 
 #: How often jobs that wait are looked at where nothing tells of a change.
 _LOOK_S = 1.0
+#: Why a job does not start that waited a moment ago: it was cancelled, or deleted.
+_MEANWHILE = (Reason.JOB_STATE, Reason.JOB_NOT_FOUND)
 
 
 class Supervisor:
@@ -117,30 +119,37 @@ class Supervisor:
         )
 
     async def cancel(self, job_id: str) -> Job:
-        """Have a job end. Raises FailedPrecondition where it has."""
+        """Have a job end. Raises FailedPrecondition where it has. Goes on if the caller does not wait."""
+        return await self._through(self._cancel(job_id))
+
+    async def _cancel(self, job_id: str) -> Job:
         job = await asyncio.to_thread(self._store.move, job_id, Move.CANCEL, "cancelled")
+        self._attempts.hurry(job_id)
         if job.state is JobState.CANCELLING:
             self._attempts.cancel(job)
-        elif job.end_time is None:  # it waited, and nothing of it has to end first
-            job = await asyncio.to_thread(self._store.append, job_id, [], end_time=time.time())
         self._changed(job_id)
         return job
 
     async def resume(self, job_id: str) -> Job:
         """Have a failed or cancelled job go on. Raises FailedPrecondition for others."""
+        return await self._through(self._resume(job_id))
+
+    async def _resume(self, job_id: str) -> Job:
         job = await asyncio.to_thread(
             self._store.move, job_id, Move.RESUME, "resumed", retries=0, end_time=None
         )
+        self._attempts.hurry(job_id)
         self._changed(job_id)
         return job
 
     async def delete(self, job_id: str) -> None:
         """End whatever a job has and remove it. Goes on if the caller does not wait."""
+        await self._through(self._delete(job_id))
+
+    async def _delete(self, job_id: str) -> None:
         await asyncio.to_thread(self._store.move, job_id, Move.DELETE, "deleted")
         self._changed(job_id)
-        task = asyncio.create_task(self._remove(job_id))
-        self._keep(task)
-        await asyncio.shield(task)
+        await self._remove(job_id)
 
     async def checkpoints(self, job_id: str) -> list[Checkpoint]:
         """The job's complete checkpoints, the oldest first."""
@@ -196,7 +205,7 @@ class Supervisor:
             try:
                 await self._attempts.start(job, free)
             except TandemError as error:
-                if error.reason != Reason.JOB_STATE:  # it was cancelled meanwhile
+                if error.reason not in _MEANWHILE:
                     raise
                 continue
             running[job.id] = job
@@ -208,6 +217,13 @@ class Supervisor:
     def _changed(self, job_id: str) -> None:
         self.feed.notify(job_id)
         self._wake.set()
+
+    async def _through(self, doing: Coroutine[Any, Any, T]) -> T:
+        """Do it to its end, also where the caller's time is over: the store may have done its part by then."""
+        task = asyncio.create_task(doing)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return await asyncio.shield(task)
 
     def _keep(self, task: asyncio.Task[Any]) -> None:
         self._tasks.add(task)
