@@ -81,6 +81,30 @@ def test_kill_9_of_the_service_and_of_the_training(
     assert [one.step for one in found] == [1, 2, 3]
 
 
+def test_kill_9_of_one_of_two_processes(
+    folder: Path, tmp_path: Path, checkpoints: dict[str, Path], llama: Service
+) -> None:
+    """The other one, which waits for it in a collective, is not to blame."""
+    place = Place(tmp_path / "place", checkpoints["llama"])
+    for call in (3, 4):  # of the second step: which rank calls first is not said
+        place.hold(call)
+    with job_service(folder, place) as service:
+        job = service.submit(place.spec(llama.address, steps=2, hardware={"processes": 2, "cpu": True}))
+        place.wait_until_held(3, 4)
+        marked = {pid: Path(f"/proc/{pid}/environ").read_bytes() for pid in service.members(job.id)}
+        (second,) = (pid for pid, environment in marked.items() if b"\0RANK=1\0" in environment)
+        os.kill(second, signal.SIGKILL)
+        for call in (3, 4):
+            place.let_go(call)
+        seen = service.wait_for(job.id, "SUCCEEDED")
+        changes = [event.state for event in seen if event.HasField("state")]
+        assert [job_pb2.JobState.Name(change.state).removeprefix("JOB_STATE_") for change in changes] == [
+            *("QUEUED", "STARTING", "RUNNING"),
+            *("RETRYING", "STARTING", "RUNNING", "SUCCEEDED"),
+        ]
+        assert service.get(job.id).retries == 1
+
+
 def test_who_stands_by_ends_with_the_service(
     folder: Path, tmp_path: Path, checkpoints: dict[str, Path]
 ) -> None:

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from tandem.errors import FailedPrecondition, Reason, Unavailable
 from tests.jobs import spec
 from tests.ranks import ON_CPU, ended, of_script, two_ranks
+from trainer_service import ranks
+from trainer_service.jobs import child
 from trainer_service.jobs.folder import JobFolder, Outcome
 
 #: Tells itself to end in the midst of an import, which does one thing or another with what the handler raises.
@@ -95,3 +98,21 @@ def test_a_rank_that_is_left_alone_is_not_to_blame(tmp_path: Path, end: str) -> 
         assert outcome is Outcome.DIED
         assert codes == [1, -9]
         assert "gloo" in reason
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (Unavailable(Reason.UNREACHABLE, "the engine is gone"), Outcome.DIED),
+        (FailedPrecondition(Reason.LORA_OFF, "no adapters"), Outcome.FAILED),
+        (ValueError("no reward"), Outcome.FAILED),
+    ],
+)
+def test_what_passes_on_one_rank_passes_on_the_others(
+    tmp_path: Path, error: Exception, outcome: Outcome
+) -> None:
+    folder = JobFolder(tmp_path)
+    with pytest.raises(ranks.OtherRankError) as heard:
+        ranks.raise_for([b"", ranks.told(error)])
+    assert child._failure(error, folder)[0] is outcome
+    assert child._failure(heard.value, folder)[0] is outcome

@@ -22,6 +22,7 @@ from trainer_service.jobs.attempts import Attempts, Limits
 from trainer_service.jobs.feed import Feed
 from trainer_service.jobs.folder import EventLog, JobFolder, Outcome
 from trainer_service.jobs.processes import MARK, Identity
+from trainer_service.jobs.spec import JobSpec
 from trainer_service.jobs.standby import Waiting
 from trainer_service.jobs.states import JobState, Move
 from trainer_service.jobs.store import EventKind, Job, Store, open_store
@@ -320,7 +321,12 @@ async def test_deleted_while_its_folder_is_made(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     making, make = Held(), JobFolder.make
-    monkeypatch.setattr(JobFolder, "make", lambda *args: (making(), make(*args)))
+
+    def made(folder: JobFolder, given: JobSpec) -> None:
+        making()
+        make(folder, given)
+
+    monkeypatch.setattr(JobFolder, "make", made)
     starting = asyncio.create_task(attempts.start(store.create("job", spec()), ()))
     await making.reached()
     deleting = asyncio.create_task(service.delete("job"))
