@@ -135,7 +135,15 @@ def test_checkpoints_that_are_whole(folder: JobFolder) -> None:
     ]
 
 
-def test_the_first_outcome_counts(folder: JobFolder) -> None:
+@pytest.mark.parametrize("links", [True, False])
+def test_the_first_outcome_counts(folder: JobFolder, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    """Also where the file system has no hard links."""
+
+    def none(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", none)
     assert folder.outcome(1) == (Outcome.DIED, "its process was killed")
     folder.tell_outcome(1, Outcome.FAILED, "why")
     folder.tell_outcome(1, Outcome.DIED, "its training ended with code 1")

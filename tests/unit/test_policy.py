@@ -215,7 +215,11 @@ async def test_an_update_may_number_its_version(in_place: bool) -> None:
         for i, value in enumerate(values):
             update.chunk(i, 0, value.numpy().tobytes())
     assert await update.commit(combine(digest_tensors(values))) == m.policy.version == 7
-    for wrong, why in ((7, "above the base version 7"), (0, "above the base version 7"), (2**62, "less than")):
+    for wrong, why in (
+        (7, "above the base version 7"),
+        (0, "above the base version 7"),
+        (2**62, "less than"),
+    ):
         with pytest.raises(InvalidArgument, match=rf"begin\.new_version: must be {why}"):
             await m.begin(in_place, new_version=wrong)
     assert not m.held

@@ -6,7 +6,6 @@ never waits for whoever watches it.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -221,14 +220,26 @@ def _write(path: Path, text: str, *, first: bool = False) -> None:
             file.flush()
             os.fsync(file.fileno())
         if first:
-            with contextlib.suppress(FileExistsError):
-                os.link(aside, path)
-            aside.unlink()
+            _link(aside, path)
+            aside.unlink(missing_ok=True)
         else:
             aside.replace(path)
     except OSError:
         aside.unlink(missing_ok=True)
         raise
+
+
+def _link(aside: Path, path: Path) -> None:
+    """Have `path` be `aside`, unless it is something already."""
+    try:
+        os.link(aside, path)
+    except FileExistsError:
+        return
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        if not path.exists():  # the best that a file system without hard links has
+            aside.replace(path)
 
 
 def is_full(error: BaseException, folder: Path | None = None) -> bool:
