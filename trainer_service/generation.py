@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import logging
 import math
 import time
@@ -17,11 +16,11 @@ import torch
 from accelerate.utils import broadcast  # type: ignore[import-untyped]
 from transformers import ProcessorMixin
 
-from tandem.errors import CATALOGUE, FailedPrecondition, Reason, TandemError, Unavailable, invalid
+from tandem.errors import FailedPrecondition, Reason, TandemError, Unavailable, invalid
 from tandem.inference.v1 import inference_pb2 as pb
 from trainer_service._trl import VLLMGeneration
 from trainer_service.client import PERHAPS_ASLEEP, WRITABLE, Group, is_gone
-from trainer_service.ranks import OutOfStepError
+from trainer_service.ranks import OutOfStepError, heard, said
 from trainer_service.reaching import Services, Weights, restore
 from trainer_service.room import Room
 from trainer_service.sampling import sampling_params
@@ -31,6 +30,7 @@ from trainer_service.updates import ATTEMPTS
 
 logger = logging.getLogger(__name__)
 
+_SYNC = "The main process could not sync: {}"
 #: The adapter that is the policy is not there in an engine that was started again.
 _TRY_AGAIN = (Reason.QUEUE_FULL, Reason.BASE_VERSION_MISMATCH, Reason.LORA_NOT_FOUND)
 
@@ -131,15 +131,15 @@ class RemoteGeneration(VLLMGeneration):
         if failure is not None:
             raise failure
 
-    def _told(self, version: int, error: BaseException | None) -> tuple[int, TandemError | None]:
+    def _told(self, version: int, error: BaseException | None) -> tuple[int, Exception | None]:
         """What the main process says, on every rank. As tensors: accelerate pickles objects."""
-        said, device = b"" if error is None else _said(error), self.accelerator.device
-        head = broadcast(torch.tensor([version, len(said)], dtype=torch.int64, device=device), from_process=0)
+        own, device = b"" if error is None else said(error, _SYNC), self.accelerator.device
+        head = broadcast(torch.tensor([version, len(own)], dtype=torch.int64, device=device), from_process=0)
         version, length = head.tolist()
         text = torch.zeros(length, dtype=torch.uint8, device=device)
         if length and self.accelerator.is_main_process:
-            text.copy_(torch.frombuffer(bytearray(said), dtype=torch.uint8))
-        return version, _heard(bytes(broadcast(text, from_process=0).tolist())) if length else None
+            text.copy_(torch.frombuffer(bytearray(own), dtype=torch.uint8))
+        return version, heard(bytes(broadcast(text, from_process=0).tolist())) if length else None
 
     def rest(self) -> None:
         """Have the engine sleep, if it shall. For when no rank generates any more; every rank must call it."""
@@ -367,16 +367,3 @@ def _logprobs(rollout: pb.Rollout) -> tuple[list[list[int]], list[list[float | N
         ids.append(row_ids)
         logprobs.append([None if math.isnan(value) else value for value in row])
     return ids, logprobs
-
-
-def _said(error: BaseException) -> bytes:
-    """An error, for the other ranks: with its reason, which tells whether it passes."""
-    if isinstance(error, TandemError):
-        return json.dumps([error.reason, error.message]).encode()
-    return json.dumps([Reason.TRANSPORT_UNAVAILABLE, str(error) or type(error).__name__]).encode()
-
-
-def _heard(said: bytes) -> TandemError:
-    reason, text = json.loads(said)
-    known = Reason(reason) if reason in CATALOGUE else Reason.TRANSPORT_UNAVAILABLE
-    return CATALOGUE[known](known, f"The main process could not sync: {text}")

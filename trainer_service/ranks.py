@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from tandem.errors import CATALOGUE, Reason, TandemError
+
 #: Within which every rank must have said what all wait for.
 ANSWER_S = 120.0
 #: Within which the main process must have said what comes next: it may be waiting for an engine.
 ORDER_S = 1800.0
+_LONGEST = 4000  # characters of what a rank says of an error
 
 
 class OtherRankError(RuntimeError):
@@ -64,6 +68,23 @@ class Ranks:
         if error is not None:
             raise error
         raise_for(failures)
+
+
+def said(error: BaseException, words: str = "{}") -> bytes:
+    """An error for other ranks, which `heard` makes one of again. `words` go around the first of its own."""
+    reason, text = "", f"{type(error).__name__}: {error}"
+    if isinstance(error, TandemError):
+        reason, text = str(error.reason), error.message
+    return json.dumps({"reason": reason, "text": words.format(text[:_LONGEST])}).encode()
+
+
+def heard(message: bytes) -> Exception:
+    """The error that another rank told: a TandemError with its class and reason, or an OtherRankError."""
+    told = json.loads(message)
+    if told["reason"] in CATALOGUE:
+        reason = Reason(told["reason"])
+        return CATALOGUE[reason](reason, told["text"])
+    return OtherRankError(told["text"])
 
 
 def told(error: Exception) -> bytes:

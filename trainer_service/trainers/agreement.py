@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,11 +10,8 @@ import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.utils import gather  # type: ignore[import-untyped]
 
-from tandem.errors import CATALOGUE, Reason, TandemError
-from trainer_service.ranks import OtherRankError
+from trainer_service.ranks import heard, said
 from trainer_service.rewards.checks import is_async
-
-_LONGEST = 4000  # characters of what a rank says
 
 
 def agree(accelerator: Accelerator, failure: Exception | None) -> None:
@@ -30,18 +26,19 @@ def agree(accelerator: Accelerator, failure: Exception | None) -> None:
         OtherRankError: another rank failed with anything else.
     """
     if accelerator.num_processes > 1:
-        said = b"" if failure is None else _said(failure, accelerator.process_index)
+        words = f"{{}} (rank {accelerator.process_index})"
+        own = b"" if failure is None else said(failure, words)
         device = accelerator.device
-        lengths = gather(torch.tensor([len(said)], dtype=torch.int64, device=device)).tolist()
+        lengths = gather(torch.tensor([len(own)], dtype=torch.int64, device=device)).tolist()
         if failure is None and not any(lengths):
             return
         text = torch.zeros((1, max(lengths)), dtype=torch.uint8, device=device)
-        if said:
-            text[0, : len(said)] = torch.frombuffer(bytearray(said), dtype=torch.uint8)
+        if own:
+            text[0, : len(own)] = torch.frombuffer(bytearray(own), dtype=torch.uint8)
         texts = gather(text)
         if failure is None:
             rank = next(rank for rank, length in enumerate(lengths) if length)
-            raise _heard(bytes(texts[rank, : lengths[rank]].tolist()))
+            raise heard(bytes(texts[rank, : lengths[rank]].tolist()))
     if failure is not None:
         raise failure
 
@@ -74,18 +71,3 @@ def _held(function: Callable[..., Any], failures: list[Exception]) -> Callable[.
             return [0.0] * len(given["prompts"])
 
     return functools.wraps(function, updated=())(called)
-
-
-def _said(error: Exception, rank: int) -> bytes:
-    reason, text = "", f"{type(error).__name__}: {error}"
-    if isinstance(error, TandemError):
-        reason, text = str(error.reason), error.message
-    return json.dumps({"reason": reason, "text": f"{text[:_LONGEST]} (rank {rank})"}).encode()
-
-
-def _heard(said: bytes) -> Exception:
-    told = json.loads(said)
-    if told["reason"] in CATALOGUE:
-        reason = Reason(told["reason"])
-        return CATALOGUE[reason](reason, told["text"])
-    return OtherRankError(told["text"])
