@@ -24,6 +24,11 @@ class OtherRankError(RuntimeError):
 class OutOfStepError(RuntimeError):
     """This rank has left a collective that others may be waiting in: with them it can do nothing more but end."""
 
+    @classmethod
+    def at(cls, tensor: str, error: Exception) -> OutOfStepError:
+        """It left as this tensor was gathered."""
+        return cls(f"{tensor} could not be gathered: {type(error).__name__}: {error}")
+
 
 class Ranks:
     """The ranks of one run, and words among them, each wait with a deadline.
@@ -62,12 +67,16 @@ class Ranks:
         """Return where no rank has an error. Every rank must call this.
 
         Raises:
-            OtherRankError: another rank has one. And `error` itself.
+            TandemError, OtherRankError: another rank has one, as `heard`. And `error` itself.
         """
-        failures = self.gather(b"" if error is None else told(error))
+        failures = self.gather(b"" if error is None else self.said(error))
         if error is not None:
             raise error
         raise_for(failures)
+
+    def said(self, error: Exception) -> bytes:
+        """`error` as this rank's, for the others."""
+        return said(error, f"{{}} (rank {self.mine})")
 
 
 def said(error: BaseException, words: str = "{}") -> bytes:
@@ -87,16 +96,10 @@ def heard(message: bytes) -> Exception:
     return OtherRankError(told["text"])
 
 
-def told(error: Exception) -> bytes:
-    """An error as other ranks are told it."""
-    return f"{type(error).__name__}: {error}".encode()
-
-
 def raise_for(failures: list[bytes]) -> None:
-    """Raise OtherRankError for the first failure among these, by rank."""
-    for rank, failure in enumerate(failures):
-        if failure:
-            raise OtherRankError(f"{failure.decode(errors='replace')} (rank {rank})")
+    """Raise the first that is one among these, which `said` made."""
+    for failure in filter(None, failures):
+        raise heard(failure)
 
 
 def _bytes(data: bytes, length: int) -> torch.Tensor:

@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributed.tensor import Shard
 
 from trainer_service.cuts import Reader
-from trainer_service.ranks import OutOfStepError, Ranks, told
+from trainer_service.ranks import OutOfStepError, Ranks
 from weight_transfer.transports import SourceTensor
 
 _END = -1
@@ -183,7 +183,7 @@ class Gathering:
         try:
             return self._reader.read(source)
         except Exception as error:
-            raise OutOfStepError(f"{source.name} could not be gathered: {told(error).decode()}") from error
+            raise OutOfStepError.at(source.name, error) from error
 
     def _announce(self, source: SourceTensor) -> None:
         self._tell(self._places[source.name])

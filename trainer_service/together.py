@@ -18,7 +18,7 @@ from tandem.errors import FailedPrecondition, Reason
 from tandem.weights.v1 import weights_pb2 as pb
 from trainer_service.cuts import Reader
 from trainer_service.listing import Listing
-from trainer_service.ranks import ORDER_S, OutOfStepError, Ranks, raise_for, told
+from trainer_service.ranks import ORDER_S, OutOfStepError, Ranks, raise_for
 from trainer_service.session import handshake_of, identity_of, manifest_of
 from trainer_service.shards import Gathering, elements_by_rank
 from weight_transfer import digest as digests
@@ -67,8 +67,8 @@ class Together:
         """In the main process: have every rank map its part of the engine's memory, in a session that was opened.
 
         Raises:
-            FailedPrecondition: TRANSPORT_UNAVAILABLE, the others are not following. OtherRankError: one could not.
-            And what `open_transport` raises.
+            FailedPrecondition: TRANSPORT_UNAVAILABLE, the others are not following. TandemError, OtherRankError: one
+            could not. And what `open_transport` raises.
         """
         if not self._gathering.leads:
             raise FailedPrecondition(
@@ -108,7 +108,7 @@ class Together:
         """In the main process: have every rank write its part of the policy as it is now.
 
         Raises:
-            OtherRankError: another rank could not. And what went wrong here.
+            TandemError, OtherRankError: another rank could not. And what went wrong here.
         """
         self._gathering.order(WRITE)
         return self._write()
@@ -128,7 +128,7 @@ class Together:
         assert shared is not None  # noqa: S101  for the type checker
         self.touched = True
         sums, error = self._write_all(shared, here, missing)
-        said = self._ranks.gather(shared.packed(sums) + (b"" if error is None else told(error)))
+        said = self._ranks.gather(shared.packed(sums) + (b"" if error is None else self._ranks.said(error)))
         if error is not None:
             raise error
         raise_for([shared.failure_in(one) for one in said])
@@ -161,9 +161,7 @@ class Together:
                 failed.append(raised)
                 if spread:
                     self.leave()  # ends the update now: the others may wait for this tensor
-                    raise OutOfStepError(
-                        f"{source.name} could not be gathered: {told(raised).decode()}"
-                    ) from raised
+                    raise OutOfStepError.at(source.name, raised) from raised
             else:
                 # One by one: no more fresh memory is held than a tensor's.
                 write({source.name: (value, 0)})

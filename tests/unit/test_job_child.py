@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tandem.errors import FailedPrecondition, Reason, Unavailable
+from tandem.errors import FailedPrecondition, Reason, TandemError, Unavailable
 from tests.jobs import spec
 from tests.ranks import ON_CPU, ended, of_script, two_ranks
 from trainer_service import ranks
@@ -112,7 +112,8 @@ def test_what_passes_on_one_rank_passes_on_the_others(
     tmp_path: Path, error: Exception, outcome: Outcome
 ) -> None:
     folder = JobFolder(tmp_path)
-    with pytest.raises(ranks.OtherRankError) as heard:
-        ranks.raise_for([b"", ranks.told(error)])
+    with pytest.raises((TandemError, ranks.OtherRankError)) as heard:
+        ranks.raise_for([b"", ranks.said(error, "{} (rank 1)")])
+    assert str(heard.value).endswith(f"{error.args[-1]} (rank 1)")
     assert child._failure(error, folder)[0] is outcome
     assert child._failure(heard.value, folder)[0] is outcome

@@ -115,9 +115,8 @@ def _failure(error: BaseException, folder: JobFolder) -> tuple[Outcome, str]:
     if isinstance(error, TandemError):
         passing = isinstance(error, _PASSING) and not isinstance(error, InvalidArgument)
         return Outcome.DIED if passing else Outcome.FAILED, str(error).partition("\n")[0]
-    if isinstance(error, OtherRankError):  # it says what the other rank does, by the name of its error first
-        passing = str(error).partition(":")[0] in {kind.__name__ for kind in _PASSING}
-        return Outcome.DIED if passing else Outcome.FAILED, _first_line(error)
+    if isinstance(error, OtherRankError):  # it says what the other rank does
+        return Outcome.FAILED, _first_line(error)
     said = f"{type(error).__name__}: {_first_line(error)}"
     if _CLOSED.search(str(error)):  # another rank ended: if it could, it tells why
         return Outcome.DIED, said
