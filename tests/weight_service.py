@@ -129,6 +129,22 @@ def idle(model: nn.Module) -> tuple[IdleEngine, EngineArenas]:
     return IdleEngine(arenas), arenas
 
 
+def stopping_late(model: nn.Module, time: int, seconds: float) -> tuple[IdleEngine, EngineArenas]:
+    """The engine of `idle`, which stands before a long step the `time` that it shall stop."""
+    engine, arenas = idle(model)
+    halt, halts = engine.halt, []
+
+    async def stops(who: str, *args: Any, **named: Any) -> Any:
+        halts.append(who)
+        if len(halts) == time:
+            engine.holders.add(who)
+            await asyncio.sleep(seconds)
+        return await halt(who, *args, **named)
+
+    engine.halt = stops  # type: ignore[method-assign]
+    return engine, arenas
+
+
 async def serve(
     address: str,
     lease_timeout_s: float,

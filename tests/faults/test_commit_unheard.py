@@ -25,7 +25,7 @@ from tests.faults.proxy import Proxy
 from tests.fleets import change
 from tests.integration.calls import until
 from tests.policies import LEASE_S, WAYS, Engine, Policy, assert_same, engine, policy, service
-from tests.weight_service import WeightService, idle, network
+from tests.weight_service import WeightService, idle, network, stopping_late
 from trainer_service import updates
 from trainer_service.client import InferenceClient
 from trainer_service.lease import Lease
@@ -65,18 +65,7 @@ def slow_to_go_on(model: nn.Module) -> Any:
 
 def slow_to_stop(model: nn.Module) -> Any:
     """The second commit stands before a long step of generation."""
-    engine, arenas = idle(model)
-    halt, halts = engine.halt, []
-
-    async def stops(who: str, *args: Any, **named: Any) -> Any:
-        halts.append(who)
-        if len(halts) == 2:
-            engine.holders.add(who)
-            await asyncio.sleep(HANGS_S)
-        return await halt(who, *args, **named)
-
-    engine.halt = stops  # type: ignore[method-assign]
-    return engine, arenas
+    return stopping_late(model, 2, HANGS_S)
 
 
 def slow_to_go_on_with_adapters(model: nn.Module) -> Any:

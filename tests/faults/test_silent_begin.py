@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -15,7 +14,7 @@ from torch import nn
 from tandem.errors import Aborted, InvalidArgument, Reason
 from tests.faults import raw
 from tests.faults.raw import IN_PLACE, STREAM
-from tests.weight_service import WeightService, idle, network
+from tests.weight_service import WeightService, network, stopping_late
 from trainer_service.client import InferenceClient
 
 LEASE_S = 1.0
@@ -25,17 +24,7 @@ HANGS_S = 12.0
 
 def stops_late(model: nn.Module) -> Any:
     """The first time it is stopped it stands before a long rollout."""
-    engine, arenas = idle(model)
-    halt, halts = engine.halt, []
-
-    async def stops(who: str, *args: Any, **named: Any) -> Any:
-        halts.append(who)
-        if len(halts) == 1:
-            await asyncio.sleep(HANGS_S)
-        return await halt(who, *args, **named)
-
-    engine.halt = stops  # type: ignore[method-assign]
-    return engine, arenas
+    return stopping_late(model, 1, HANGS_S)
 
 
 @pytest.fixture

@@ -313,6 +313,16 @@ async def test_what_does_not_end_in_time_is_killed(
     assert not attempts._cancelling
 
 
+async def start_and_delete(service: Supervisor, attempts: Attempts, store: Interrupted, at: Held) -> None:
+    """Start a job that comes to `at`, and delete it there."""
+    starting = asyncio.create_task(attempts.start(store.create("job", spec()), ()))
+    await at.reached()
+    deleting = asyncio.create_task(service.delete("job"))
+    await asyncio.wait([deleting], timeout=0.3)
+    at.let_go()
+    await asyncio.gather(starting, deleting, return_exceptions=True)
+
+
 async def test_deleted_while_its_folder_is_made(
     service: Supervisor,
     attempts: Attempts,
@@ -327,12 +337,7 @@ async def test_deleted_while_its_folder_is_made(
         make(folder, given)
 
     monkeypatch.setattr(JobFolder, "make", made)
-    starting = asyncio.create_task(attempts.start(store.create("job", spec()), ()))
-    await making.reached()
-    deleting = asyncio.create_task(service.delete("job"))
-    await asyncio.wait([deleting], timeout=0.3)
-    making.let_go()
-    await asyncio.gather(starting, deleting, return_exceptions=True)
+    await start_and_delete(service, attempts, store, making)
     assert store.find() == []
     assert not folder.path.exists()
 
@@ -348,12 +353,7 @@ async def test_deleted_while_its_process_is_started(
         return born[0]
 
     monkeypatch.setattr(module, "spawn", spawn)
-    starting = asyncio.create_task(attempts.start(store.create("job", spec()), ()))
-    await spawning.reached()
-    deleting = asyncio.create_task(service.delete("job"))
-    await asyncio.wait([deleting], timeout=0.3)
-    spawning.let_go()
-    await asyncio.gather(starting, deleting, return_exceptions=True)
+    await start_and_delete(service, attempts, store, spawning)
     try:
         assert store.find() == []
         assert not born[0].alive
